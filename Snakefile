@@ -1,0 +1,197 @@
+"""The one definition of the pipeline: fetch -> stage 1 -> variants x seeds -> tables -> figures.
+
+    conki pipeline --profile mosi-open --cores 2            # what `make reproduce` calls
+    conki pipeline --rows all --seeds 5                     # what `make ablation` calls
+    snakemake --workflow-profile profiles/slurm --config profile=mosi     # the same on a cluster
+
+Every job executes a notebook. What is finished is decided by the records (and, for tables and
+figures, by what they are made from), never by file times: when this file is read, the markers in
+runs/<profile>/.jobs/ are put in agreement with that. Delete them whenever you like.
+"""
+
+import os
+import re
+import shlex
+import sys
+from pathlib import Path
+
+from conki_lib import ablation, pipeline
+from conki_lib.config import ROOT, RunConfig
+from conki_lib.data.corpora import corpus_path
+from conki_lib.records import runs_dir, slug
+
+os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # of `conki`
+PROFILE = str(config.get("profile", "synthetic"))
+BASE = RunConfig.from_profile(PROFILE)
+FOLDS = str(config.get("folds", BASE.data.fold)).split(",")
+SEEDS = pipeline.parse_seeds(str(config.get("seeds", 1)))
+# trained by default; other rows of the tables come from committed records, or are marked missing
+DEFAULT_ROWS = {
+    "mosi-open": "full,w/o C4,text-only",  # text carries nearly everything: always beside it
+}
+ROWS = pipeline.parse_rows(
+    str(config.get("rows", DEFAULT_ROWS.get(PROFILE, "full,w/o C4"))), PROFILE
+)
+BESIDE = ("wo-C4", "text-only")  # what notebook 04 shows beside `full`
+VARIANTS = {slug(row): row for row in ROWS}
+
+NOTEBOOKS = sorted(path.stem for path in (ROOT / "notebooks").glob("[0-9][0-9]_*.ipynb"))
+STAGE_1 = next((stem for stem in NOTEBOOKS if stem.startswith("03_")), "03_adapter_pretraining")
+STAGE_2 = next((stem for stem in NOTEBOOKS if stem.startswith("04_")), "04_finetuning")
+REPORTS = [stem for stem in NOTEBOOKS if stem not in (STAGE_1, STAGE_2)]
+
+RUNS = Path(os.path.relpath(runs_dir(PROFILE).parent))
+JOBS = RUNS / PROFILE / ".jobs"
+EXECUTED = RUNS / "notebooks" / PROFILE
+CORPORA = [name for name in (BASE.data.target, BASE.data.external) if name]
+CONFIGS = {
+    (name, seed, fold): ablation.configure(PROFILE, row, seed, fold=fold)
+    for name, row in VARIANTS.items() for seed in SEEDS for fold in FOLDS
+}  # fmt: skip
+STORES = [str(JOBS / f"data-{name}") for name in CORPORA]
+STAGE_1_SEEDS = SEEDS if BASE.data.external else []
+
+
+def marker(*parts):
+    return str(JOBS / "-".join(map(str, parts)))
+
+
+def shares_stage_1(name, seed, fold):
+    full = ablation.configure(PROFILE, "full", seed, fold=fold)
+    chosen = CONFIGS[name, seed, fold]
+    return chosen.data.external is not None and chosen.identity(1) == full.identity(1)
+
+
+def needs(wildcards):
+    """Stage 1, where it is shared; `full` shows itself beside other rows, so these come first."""
+    name, seed, fold = wildcards.name, int(wildcards.seed), wildcards.fold
+    found = [marker("stage1", f"s{seed}")] if shares_stage_1(name, seed, fold) else []
+    if name == "full":
+        found += [marker(other, f"s{seed}", fold) for other in BESIDE if other in VARIANTS]
+    return found
+
+
+def agree():
+    """Make the markers say what is true: finished runs have one, others and stale pictures none."""
+    rendered = JOBS / "state"
+    fresh = rendered.is_file() and rendered.read_text() == pipeline.state(PROFILE)
+    truth = {marker("data", name): (corpus_path(name) / "info.json").is_file() for name in CORPORA}
+    truth |= {marker("stage1", f"s{seed}"): pipeline.is_finished(
+        ablation.configure(PROFILE, "full", seed), 1) for seed in STAGE_1_SEEDS}  # fmt: skip
+    truth |= {
+        marker(name, f"s{seed}", fold): pipeline.is_finished(chosen, 2)
+        for (name, seed, fold), chosen in CONFIGS.items()
+    }
+    for path, finished in truth.items():
+        # the first seed's notebooks draw figures too: they are as fresh as the other notebooks
+        draws = Path(path).name.startswith(("stage1-", "full-")) and f"-s{SEEDS[0]}" in path
+        if finished and not draws:
+            Path(path).parent.mkdir(parents=True, exist_ok=True)
+            Path(path).touch()
+        elif not finished or not fresh:
+            Path(path).unlink(missing_ok=True)
+    if not fresh:
+        for path in [JOBS / "merge", *(JOBS / stem for stem in REPORTS)]:
+            path.unlink(missing_ok=True)
+
+
+if workflow.is_main_process:
+    agree()
+
+TRAINED = [marker("stage1", f"s{seed}") for seed in STAGE_1_SEEDS]
+TRAINED += [marker(name, f"s{seed}", fold) for name, seed, fold in CONFIGS]
+
+
+localrules: all, train, merge
+
+
+rule all:
+    input:
+        TRAINED,
+        [marker(stem) for stem in REPORTS],
+
+
+rule train:
+    input:
+        marker("merge"),
+
+
+rule fetch:
+    output:
+        touch(marker("data", "{corpus}")),
+    wildcard_constraints:
+        corpus="|".join(map(re.escape, CORPORA)),
+    resources:
+        mem_mb=4000, runtime=60,
+    shell:
+        "conki fetch {wildcards.corpus}"
+
+
+rule stage_1:
+    input:
+        ancient(STORES),
+    output:
+        touch(marker("stage1", "s{seed}")),
+    wildcard_constraints:
+        seed=r"\d+",
+    params:
+        out=str(EXECUTED / f"{STAGE_1}-s{{seed}}.ipynb"),
+    threads: 4
+    resources:
+        mem_mb=8000, runtime=240,
+    shell:
+        "conki run {STAGE_1} --profile {PROFILE} -p seed={wildcards.seed} -o {params.out}"
+
+
+rule variant:
+    input:
+        needs,
+        stores=ancient(STORES),
+    output:
+        touch(marker("{name}", "s{seed}", "{fold}")),
+    wildcard_constraints:
+        name="|".join(map(re.escape, VARIANTS)), seed=r"\d+", fold=r"[\w.-]+",
+    params:
+        variant=lambda w: shlex.quote(f"variant={VARIANTS[w.name]}"),
+        out=str(EXECUTED / f"{STAGE_2}-{{name}}-s{{seed}}-{{fold}}.ipynb"),
+    threads: 4
+    resources:
+        mem_mb=8000, runtime=480,
+    shell:
+        "conki run {STAGE_2} --profile {PROFILE} -p {params.variant} -p seed={wildcards.seed}"
+        " -p fold={wildcards.fold} -o {params.out}"
+
+
+rule merge:
+    input:
+        TRAINED,
+    output:
+        touch(marker("merge")),
+    shell:
+        "conki merge {PROFILE}"
+
+
+rule report:
+    input:
+        marker("merge"),
+    output:
+        touch(marker("{stem}")),
+    wildcard_constraints:
+        stem="|".join(map(re.escape, REPORTS)) or "none",
+    params:
+        out=str(EXECUTED / "{stem}.ipynb"),
+    resources:
+        mem_mb=4000, runtime=60,
+    shell:
+        "conki run {wildcards.stem} --profile {PROFILE} -o {params.out}"
+
+
+onsuccess:
+    if workflow.is_main_process:
+        JOBS.mkdir(parents=True, exist_ok=True)
+        (JOBS / "state").write_text(pipeline.state(PROFILE))
+        # notebooks draw side by side, so the list of figures is written when all have ended
+        from conki_lib.plots.tables import figure_index
+        from conki_lib.records import write_text
+
+        write_text(ROOT / "figures" / "README.md", figure_index())

@@ -1,0 +1,233 @@
+"""Rows of every table as data: a name, the settings it changes, its meaning; run or load any row.
+
+Source: paper, section 6; the parts of C4, the readings and the sweeps are this project's additions.
+"""
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import pandas as pd
+from pydantic import ValidationError
+
+from conki_lib.config import RunConfig, near_names
+from conki_lib.records import Record, config_key, find_record, load_records
+from conki_lib.training import fine_tune
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One row: what it changes in a profile's configuration, and what that means."""
+
+    name: str
+    group: str
+    meaning: str
+    changes: dict[str, Any]
+
+
+_CONTROLS = {
+    # its own rate and epochs: the best of three trials on mosi-open's validation split
+    "text-only": (
+        "text backbone and a regression head",
+        {"kind": "text-only", "modalities": "t", "lr_text": 3e-5, "epochs": 8},
+    ),
+    "late fusion": ("one predictor per modality, averaged", {"kind": "late-fusion"}),
+    "TFN": ("tensor fusion of all modalities", {"kind": "tfn"}),
+    "LMF": ("low-rank multimodal fusion", {"kind": "lmf"}),
+}
+
+
+def _variants() -> dict[str, Variant]:
+    rows = [
+        Variant("full", "components", "ConKI with all its components", {}),
+        Variant("w/o C1", "components", "no external data: adapters start random and are trained "
+                "in stage 2", {"external": None}),
+        Variant("w/o C2", "components", "no adapters: no knowledge-specific representations",
+                {"specific": False, "external": None}),
+        Variant("w/o C3", "components", "no general knowledge: the text backbone starts random",
+                {"text_init": "random"}),
+        Variant("w/o C3 pan", "components", "second reading of w/o C3: no pan-knowledge "
+                "representations", {"pan": False}),
+        Variant("w/o C4", "components", "no contrastive loss: lambda = 0", {"lam": 0.0}),
+    ]  # fmt: skip
+    words = {"P1": "modality-level positive", "P2": "sample-level positive",
+             "N1": "knowledge-level negative", "N2": "sample-level negative"}  # fmt: skip
+    rows += [
+        Variant(
+            f"w/o {name}", "parts of C4", f"L_con without the {word} pairs", {"without": [name]}
+        )
+        for name, word in words.items()
+    ]
+    rows += [
+        Variant(m, "modalities", f"modalities {' + '.join(m)} only", {"modalities": m})
+        for m in ("t", "v", "a", "tv", "ta", "va")
+    ]
+    for name, (words, changes) in _CONTROLS.items():
+        plain = {**changes, "lam": 0.0, "external": None}
+        trained_before = {**changes, "lam": 0.0, "stage1_train": "all"}
+        rows.append(Variant(name, "controls", words, plain))
+        meaning = f"{words}; trained on the external corpus first"
+        rows.append(Variant(f"{name} + external", "controls", meaning, trained_before))
+    rows += [
+        Variant("form=paper", "readings", "denominators per sample, summed over samples; lambda "
+                "divided by the batch size", {"form": "paper"}),
+        Variant("n1=literal", "readings", "N1 pairs for O rows only", {"n1": "literal"}),
+    ]  # fmt: skip
+    return {row.name: row for row in rows}
+
+
+VARIANTS = _variants()
+_SWEEP = re.compile(r"(lam|tau)=(\d*\.?\d+(?:e-?\d+)?)")
+
+
+def variant(name: str) -> Variant:
+    """Look a row up by name; ``lam=0.1`` and ``tau=0.2`` are rows too.
+
+    Raises:
+        ValueError: no such row; lists the near names.
+    """
+    if name in VARIANTS:
+        return VARIANTS[name]
+    if match := _SWEEP.fullmatch(name):
+        setting, value = match.groups()
+        return Variant(name, "sweeps", f"{setting} set to {value}", {setting: float(value)})
+    raise ValueError(
+        f"unknown variant {name!r}{near_names(name, VARIANTS)} Known are {', '.join(VARIANTS)}, "
+        "lam=<number>, tau=<number>"
+    )
+
+
+def why_not(profile: RunConfig, name: str) -> str | None:
+    """Say why a row cannot be run on a profile; None where it can."""
+    changes = variant(name).changes
+    has = "".join(profile.model.modalities)
+    wanted = changes.get("modalities", "")
+    if missing := [m for m in wanted if m not in has]:
+        return f"the profile has no {''.join(missing)}"
+    if "text_init" in changes and "t" not in has:
+        return "the profile has no pretrained backbone"
+    if wanted and profile.data.external is None and "+ external" in name:
+        return "the profile has no external corpus"
+    return None
+
+
+def configure(
+    profile: str, variant_name: str = "full", seed: int | None = None, **overrides: Any
+) -> RunConfig:
+    """The configuration of one row of a profile; overrides that are not None win.
+
+    Raises:
+        FileNotFoundError: no such profile.
+        ValueError: no such row, or the profile cannot run it; says why.
+    """
+    base = RunConfig.from_profile(profile)
+    if reason := why_not(base, variant_name):
+        raise ValueError(f"variant {variant_name!r} is not for profile {profile!r}: {reason}")
+    changes = dict(variant(variant_name).changes)
+    if variant_name == "form=paper":
+        changes["lam"] = base.contrast.lam / base.stage2.batch_size
+    overrides = {k: v for k, v in {**overrides, "seed": seed}.items() if v is not None}
+    return base.replace(variant=variant_name, **{**changes, **overrides})
+
+
+def run_or_load(config: RunConfig, *, weights: bool = False, fresh: bool = False) -> Record:
+    """The record of a configuration: a committed or local one made by today's code, or a new run.
+
+    Args:
+        config: see `configure`.
+        weights: the trained model is needed too, so a committed record alone will not do.
+        fresh: only a run of this machine will do.
+    """
+    record = find_record(config)
+    enough = record is not None and record.is_current and not (fresh or weights)
+    return record if enough else fine_tune(config)
+
+
+# ---- the rows that records hold -----------------------------------------------------------------
+
+
+def row_order(names: Iterable[str]) -> list[str]:
+    """Sort rows as the tables show them: as defined, then sweeps by setting and value."""
+    known = list(VARIANTS)
+
+    def place(name: str) -> tuple:
+        if name in VARIANTS:
+            return known.index(name), "", 0.0
+        setting, _, value = name.partition("=")
+        return len(known), setting, float(value)
+
+    return sorted(dict.fromkeys(names), key=place)
+
+
+def runs_of(profile: str, *, fold: str | None = None) -> list[Record]:
+    """The finished runs behind a profile's tables: one per row and seed, of any code version.
+
+    A record counts if its settings are those that `configure` gives today; precision, device and
+    micro-batches may differ. Of several for one row and seed, today's code wins, then the newest.
+    Tuning runs and runs with other settings stay out.
+
+    Args:
+        profile: name of a profile.
+        fold: of the target corpus; the profile's where None.
+    """
+    fold = fold or RunConfig.from_profile(profile).data.fold
+    found: dict[tuple[str, int], Record] = {}
+    for record in load_records(profile):
+        if record.stage == 2 and record.fold == fold and _is_a_row(record):
+            place, held = (record.variant, record.seed), found.get((record.variant, record.seed))
+            if held is None or _rank(record) >= _rank(held):
+                found[place] = record
+    order = row_order(name for name, _ in found)
+    return sorted(found.values(), key=lambda r: (order.index(r.variant), r.seed))
+
+
+def _rank(record: Record) -> tuple:
+    return record.is_current, record.folder is not None, record.provenance.get("finished", "")
+
+
+def _is_a_row(record: Record) -> bool:
+    """Are a record's settings those that its row has today?"""
+    try:
+        found = record.config
+        wanted = configure(record.profile, record.variant, record.seed, fold=record.fold)
+    except (ValueError, ValidationError):
+        return False  # a row or a setting that is no more
+    if found.runtime.tuning:
+        return False
+    rounding = ("precision", "device", "accumulate", "checkpoint_activations")
+    same = found.replace(**{name: getattr(wanted.runtime, name) for name in rounding})
+    return config_key(same, 2) == config_key(wanted, 2)
+
+
+def run_table(records: Iterable[Record]) -> pd.DataFrame:
+    """One line per run: variant, group, seed, key, code, epoch, seconds, and the test metrics."""
+    lines = [
+        {"variant": r.variant, "group": variant(r.variant).group, "seed": r.seed, "key": r.key,
+         "code": "current" if r.is_current else "older", "epoch": r.best_epoch,
+         "seconds": r.provenance.get("seconds"), **r.metrics.get("test", {})}
+        for r in records
+    ]  # fmt: skip
+    return pd.DataFrame(lines)
+
+
+def _same_as_full(profile: str, name: str) -> str:
+    full, row = (config_key(configure(profile, x), 2) for x in ("full", name))
+    return "the same as full here" if full == row else ""
+
+
+def coverage(profile: str, runs: pd.DataFrame) -> pd.DataFrame:
+    """Every row of the tables with its number of runs, and the reason where there is none.
+
+    Returns:
+        Columns variant, group, n, reason (empty where n > 0), meaning; in the tables' order.
+    """
+    base = RunConfig.from_profile(profile)
+    counts = runs["variant"].value_counts() if len(runs) else {}
+    lines = []
+    for name in row_order([*VARIANTS, *(runs["variant"] if len(runs) else ())]):
+        row, n = variant(name), int(counts.get(name, 0))
+        reason = "" if n else why_not(base, name) or _same_as_full(profile, name) or "not run"
+        lines.append({"variant": name, "group": row.group, "n": n, "reason": reason,
+                      "meaning": row.meaning})  # fmt: skip
+    return pd.DataFrame(lines)

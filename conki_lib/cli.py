@@ -1,0 +1,149 @@
+"""The `conki` command: thin wrappers around the library, no logic of their own."""
+
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+# libraries are imported inside the commands: `conki --help` answers at once
+
+
+class _Commands(TyperGroup):
+    """Errors that name their way out are printed without a traceback; CONKI_DEBUG=1 shows it."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except (ValueError, OSError, RuntimeError) as error:
+            if os.environ.get("CONKI_DEBUG") or isinstance(error, typer.Exit):
+                raise
+            typer.secho(f"Error: {error}", fg="red", err=True)
+            raise typer.Exit(1) from None
+
+
+app = typer.Typer(cls=_Commands, no_args_is_help=True, add_completion=False, help=__doc__)
+
+
+@app.command()
+def fetch(
+    name: Annotated[str, typer.Argument(help="an open corpus; `conki doctor` lists them")],
+    root: Annotated[Path | None, typer.Option(help="default: $CONKI_DATA, else data/")] = None,
+) -> None:
+    """Download or build a corpus, verify it, convert it; nothing is done twice."""
+    from conki_lib.data import fetch
+
+    typer.echo(fetch(name, root))
+
+
+@app.command()
+def convert(
+    source: Annotated[Path, typer.Argument(help="MMSA pickle, or folder of .csd files")],
+    destination: Annotated[Path, typer.Argument(help="folder of the new store")],
+    name: Annotated[str | None, typer.Option(help="of the corpus; default: guessed")] = None,
+    format: Annotated[str | None, typer.Option(help="default: recognised by content")] = None,
+    language: Annotated[str | None, typer.Option(help="en, zh; default: guessed")] = None,
+    label_range: Annotated[
+        tuple[float, float] | None, typer.Option(help="lowest and highest label")
+    ] = None,
+) -> None:
+    """Convert a published file to a store."""
+    from conki_lib.data import convert
+
+    options = {"name": name, "format": format, "language": language, "label_range": label_range}
+    typer.echo(convert(source, destination, **options))
+
+
+@app.command()
+def inspect(path: Annotated[Path, typer.Argument(help="any data file, or a store")]) -> None:
+    """Say what a file or folder holds, without unpickling anything that could do harm."""
+    from conki_lib.data.formats import inspect_path
+
+    _show(inspect_path(path))
+
+
+@app.command()
+def run(
+    notebook: Annotated[str, typer.Argument(help="path, or stem: 04_finetuning")],
+    parameter: Annotated[
+        list[str] | None, typer.Option("-p", "--parameter", help="name=value, as often as needed")
+    ] = None,
+    profile: Annotated[str | None, typer.Option(help="configs/<profile>.yml")] = None,
+    output: Annotated[Path | None, typer.Option("-o", "--output", help="executed notebook")] = None,
+) -> None:
+    """Execute a notebook headlessly; unknown or ill-typed parameters are errors."""
+    from conki_lib.notebook import run_notebook
+
+    typer.echo(run_notebook(notebook, profile=profile, assignments=parameter or (), output=output))
+
+
+@app.command()
+def merge(profile: Annotated[str, typer.Argument(help="configs/<profile>.yml")]) -> None:
+    """Collect finished runs into results/<profile>/."""
+    from conki_lib.records import merge
+
+    typer.echo(merge(profile))
+
+
+@app.command(context_settings={"ignore_unknown_options": True})
+def pipeline(
+    extra: Annotated[list[str] | None, typer.Argument(help="passed on to Snakemake")] = None,
+    profile: Annotated[str, typer.Option(help="configs/<profile>.yml")] = "synthetic",
+    rows: Annotated[str, typer.Option(help="'full,w/o N1', or all; default: the profile's")] = "",
+    seeds: Annotated[str, typer.Option(help="3: the first three; 0,4,7: these; 2-5")] = "",
+    cores: Annotated[int, typer.Option(min=1)] = 2,
+    fresh: Annotated[bool, typer.Option(help="move earlier runs aside and begin anew")] = False,
+) -> None:
+    """Run the Snakefile under a lock; what is finished stays. Further arguments go to Snakemake."""
+    from conki_lib.pipeline import start
+
+    start(profile, rows=rows, seeds=seeds, cores=cores, fresh=fresh, extra=extra or ())
+
+
+@app.command()
+def results(profile: Annotated[str, typer.Argument(help="configs/<profile>.yml")]) -> None:
+    """Print the runs of a profile and where its tables and figures are."""
+    from conki_lib.pipeline import summary
+
+    table, files = summary(profile)
+    _show(table)
+    typer.echo("\n" + "\n".join(files))
+
+
+@app.command()
+def doctor() -> None:
+    """Say what is installed, which device and precision there is, and which corpora are here."""
+    from conki_lib.config import ModelConfig
+    from conki_lib.data.corpora import status
+    from conki_lib.encoders import resolve_backbone
+    from conki_lib.pipeline import machine
+
+    _show(machine())
+    typer.echo()
+    _show(status())
+    typer.echo()
+    backbone = ModelConfig().text_backbone
+    try:
+        _show({"text backbone": backbone, "found in": resolve_backbone(backbone)})
+    except (OSError, ValueError) as error:
+        _show({"text backbone": backbone, "not found": error})
+
+
+def _show(found: Any) -> None:
+    """Print a mapping as lines, rows as a table, anything else as it is."""
+    from tabulate import tabulate
+
+    if isinstance(found, Mapping):
+        typer.echo(tabulate(found.items(), tablefmt="plain"))
+    elif isinstance(found, str):
+        typer.echo(found)
+    elif hasattr(found, "columns") or isinstance(found, Iterable):
+        typer.echo(tabulate(found, headers="keys", tablefmt="simple", showindex=False))
+    else:
+        typer.echo(found)
+
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,21 @@
+"""Data: corpora are fetched or converted into packed stores, and read from those only."""
+
+from conki_lib.data.batch import Batch, make_loader, tokenise
+from conki_lib.data.corpora import CORPORA, corpus_path, data_root, fetch
+from conki_lib.data.formats import convert, export_mmsa
+from conki_lib.data.store import FeatureStore, Utterance, open_store
+
+__all__ = [
+    "CORPORA",
+    "Batch",
+    "FeatureStore",
+    "Utterance",
+    "convert",
+    "corpus_path",
+    "data_root",
+    "export_mmsa",
+    "fetch",
+    "make_loader",
+    "open_store",
+    "tokenise",
+]

@@ -1,0 +1,315 @@
+"""The corpora this project knows: where each comes from, how to get it, where it lies."""
+
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pooch
+import requests
+from filelock import FileLock
+from tqdm.auto import tqdm
+
+from conki_lib.config import ROOT, near_names
+from conki_lib.data import open_corpora, synthetic
+from conki_lib.data.open_corpora import BC_LSTM, MFN
+from conki_lib.data.packing import SPLITS, Contents
+from conki_lib.data.store import FeatureStore, open_store, source_of, write_store
+
+HOST = "https://raw.githubusercontent.com/"
+REGISTRY = Path(__file__).resolve().parents[2] / "data" / "registry.txt"
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """One corpus: what it is and how to get it."""
+
+    name: str
+    title: str
+    kind: str  # "embedded": built here; "open": fetched; "user": converted from the user's files
+    modalities: tuple[str, ...]
+    counts: tuple[int, int, int]  # train, valid, test of the fold standard
+    licence: str
+    language: str = "en"
+    label_range: tuple[float, float] = (-3.0, 3.0)
+    files: tuple[str, ...] = ()  # below HOST
+    read: Callable[[Mapping[str, Path]], Contents] | None = None
+    recipe: int = 1  # raised when reading or generating changes: older stores are built anew
+    how: str = ""
+
+
+def _mfn_files(name: str) -> tuple[str, ...]:
+    kinds = ("audio", "video", "y")
+    return tuple(f"{MFN}/new_data/{name}/{kind}_{s}.h5" for kind in kinds for s in SPLITS)
+
+
+def _mmsa(folder: str, file: str) -> str:
+    return (
+        f"get {folder}/Processed/{file} from the page of the MMSA framework "
+        f"(https://github.com/thuiar/MMSA), then run `conki convert {file} DATA/{folder.lower()}`"
+    )
+
+
+_BC = f"{BC_LSTM}/bc-LSTM/data"
+_MIT = "MIT (repository); the videos' rights remain with their makers"
+CORPORA: dict[str, Corpus] = {
+    corpus.name: corpus
+    for corpus in (
+        Corpus(
+            "synthetic",
+            "generated target domain",
+            "embedded",
+            ("t", "v", "a"),
+            synthetic.TARGET.sizes,
+            "MIT, as this project",
+            read=synthetic.generate_target,
+            recipe=synthetic.RECIPE,
+        ),
+        Corpus(
+            "synthetic-external",
+            "generated external domain",
+            "embedded",
+            ("t", "v", "a"),
+            synthetic.EXTERNAL.sizes,
+            "MIT, as this project",
+            read=synthetic.generate_external,
+            recipe=synthetic.RECIPE,
+        ),
+        Corpus(
+            "mosi-open",
+            "CMU-MOSI from public repositories, one vector per utterance",
+            "open",
+            ("t", "v", "a"),
+            (1284, 229, 686),
+            _MIT,
+            files=(
+                f"{_BC}/transcripts.csv",
+                *(f"{_BC}/text_{part}.csv" for part in ("train", "test")),
+                *(f"{_BC}/{k}/{k}_{p}0.csv" for k in ("audio", "video") for p in ("train", "test")),
+                *(f"{MFN}/data/y_{split}.h5" for split in SPLITS),
+            ),
+            read=open_corpora.read_mosi_open,
+        ),
+        Corpus(
+            "meld-text",
+            "MELD's utterances with three sentiments, text only",
+            "open",
+            ("t",),
+            (9989, 1109, 2610),
+            "GPL-3.0 (MELD's authors)",
+            files=tuple(
+                f"{BC_LSTM}/MELD/data/MELD/{p}_sent_emo.csv" for p in ("train", "dev", "test")
+            ),
+            read=open_corpora.read_meld_text,
+        ),
+        Corpus(
+            "mmmo-open",
+            "ICT-MMMO film reviews, vision and audio per word",
+            "open",
+            ("v", "a"),
+            (220, 40, 80),
+            _MIT,
+            files=_mfn_files("mmmo"),
+            read=open_corpora.read_mmmo_open,
+        ),
+        Corpus(
+            "pom-open",
+            "POM film reviews, vision and audio per word",
+            "open",
+            ("v", "a"),
+            (600, 100, 203),
+            _MIT,
+            files=_mfn_files("pom"),
+            read=open_corpora.read_pom_open,
+        ),
+        Corpus(
+            "mosi",
+            "CMU-MOSI, MMSA features",
+            "user",
+            ("t", "v", "a"),
+            (1284, 229, 686),
+            "CMU-MultimodalSDK's terms",
+            how=_mmsa("MOSI", "unaligned_50.pkl"),
+        ),
+        Corpus(
+            "mosei",
+            "CMU-MOSEI, MMSA features",
+            "user",
+            ("t", "v", "a"),
+            (16326, 1871, 4659),
+            "CMU-MultimodalSDK's terms",
+            how=_mmsa("MOSEI", "unaligned_50.pkl"),
+        ),
+        Corpus(
+            "sims",
+            "CH-SIMS, MMSA features",
+            "user",
+            ("t", "v", "a"),
+            (1368, 456, 457),
+            "CH-SIMS authors' terms",
+            language="zh",
+            label_range=(-1.0, 1.0),
+            how=_mmsa("SIMS", "unaligned_39.pkl"),
+        ),
+    )
+}
+
+
+def data_root(root: Path | str | None = None) -> Path:
+    """The folder that holds all stores: `root`, else $CONKI_DATA, else ``data/`` of the project."""
+    return Path(root or os.environ.get("CONKI_DATA") or ROOT / "data")
+
+
+def corpus_path(name: str, root: Path | str | None = None) -> Path:
+    """The folder of a corpus's store, whether it is there or not."""
+    return data_root(root) / name
+
+
+def how_to_get(name: str, root: Path | str | None = None) -> str:
+    """Say in one line what to run to have a corpus."""
+    corpus = CORPORA.get(name)
+    path = corpus_path(name, root)
+    if corpus is None:
+        return f"run `conki convert SOURCE {path}` with that corpus's files"
+    return corpus.how.replace(f"DATA/{name}", str(path)) or f"run `conki fetch {name}`"
+
+
+def fetch(name: str, root: Path | str | None = None) -> Path:
+    """Download or build a corpus, verify it, pack it; do nothing if it is there already.
+
+    Public files come from pinned commits on contents.githubusercontent.com, or from the folder
+    $CONKI_MIRROR with the same paths; in both cases their SHA-256 is checked.
+
+    Args:
+        name: a key of `CORPORA`.
+        root: folder of all stores; default `data_root()`.
+
+    Returns:
+        The store's folder.
+
+    Raises:
+        ValueError: no such corpus; or a file whose checksum is wrong, or that is an HTML page.
+        FileNotFoundError: a corpus that only the user can bring; or a file the mirror lacks.
+        ConnectionError: the files could not be downloaded.
+    """
+    if name not in CORPORA:
+        raise ValueError(
+            f"unknown corpus {name!r}{near_names(name, CORPORA)}: known are {', '.join(CORPORA)}"
+        )
+    corpus, path = CORPORA[name], corpus_path(name, root)
+    if corpus.kind == "user":
+        if path.exists():
+            return open_store(path).path
+        raise FileNotFoundError(
+            f"{name} ({corpus.title}) is not at {path} and cannot be fetched: "
+            f"{how_to_get(name, root)}"
+        )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(path.parent / f".{name}.lock"):
+        if not (path.exists() and _current(open_store(path), corpus)):
+            _build(corpus, path)
+    return path
+
+
+def _current(store: FeatureStore, corpus: Corpus) -> bool:
+    return store.info.notes.get("recipe") == str(corpus.recipe)
+
+
+def _build(corpus: Corpus, path: Path) -> None:
+    files = _get_files(corpus, path.parent / "downloads")
+    contents = corpus.read(files)
+    found = tuple(int((contents.utterances["standard"] == split).sum()) for split in SPLITS)
+    if found != corpus.counts:
+        raise ValueError(f"{corpus.name}: {found} utterances found, {corpus.counts} expected")
+    write_store(
+        path,
+        contents.utterances,
+        contents.sequences,
+        name=corpus.name,
+        language=corpus.language,
+        label_range=corpus.label_range,
+        sources=[source_of(files[file], file) for file in corpus.files],
+        cleaned=contents.cleaned,
+        notes=contents.notes | {"recipe": str(corpus.recipe)},
+        overwrite=True,
+    )
+
+
+def _get_files(corpus: Corpus, folder: Path) -> dict[str, Path]:
+    mirror = os.environ.get("CONKI_MIRROR")
+    registry = pooch.create(folder, HOST, retry_if_failed=0 if mirror else 2)
+    registry.load_registry(REGISTRY)
+    pooch.get_logger().setLevel("WARNING")
+    transfer = _copy_from(Path(mirror)) if mirror else _download
+    files = {}
+    for file in tqdm(corpus.files, desc=f"fetch {corpus.name}", unit="file", disable=None):
+        try:
+            files[file] = Path(registry.fetch(file, downloader=transfer))
+        except ValueError as error:
+            if "hash" not in str(error):
+                raise
+            raise ValueError(
+                f"{corpus.name}: {file} from {mirror or HOST} has not the pinned checksum "
+                f"{registry.registry[file]}: it is damaged or another version. Nothing was kept; "
+                "try again, or bring the right file in a folder that CONKI_MIRROR names"
+            ) from error
+        except requests.exceptions.RequestException as error:
+            raise ConnectionError(
+                f"{corpus.name}: cannot download {HOST}{file} ({error}). Try again with a network, "
+                "or copy the files on another machine into a folder with the same paths "
+                f"({file}) and set CONKI_MIRROR to it"
+            ) from error
+    return files
+
+
+def _download(url: str, output: Any, registry: pooch.Pooch) -> None:
+    pooch.HTTPDownloader(progressbar=False)(url, output, registry)
+    _refuse_pages(Path(output), url)
+
+
+def _copy_from(mirror: Path) -> Callable[[str, Any, pooch.Pooch], None]:
+    def copy(url: str, output: Any, registry: pooch.Pooch) -> None:
+        source = mirror / url.removeprefix(HOST)
+        if not source.is_file():
+            raise FileNotFoundError(
+                f"CONKI_MIRROR has no {source}: put the file of {url} there, or unset "
+                "CONKI_MIRROR to download"
+            )
+        shutil.copyfile(source, output)
+        _refuse_pages(Path(output), str(source))
+
+    return copy
+
+
+def _refuse_pages(path: Path, origin: str) -> None:
+    """Name what people get in the place of a file, before its checksum is called wrong."""
+    with path.open("rb") as file:
+        head = file.read(200).lstrip().lower()
+    if head.startswith((b"<!doctype", b"<html")):
+        raise ValueError(
+            f"{origin} is an HTML page, not the file: a proxy, a log-in or a quota page came in "
+            "its place; open the address in a browser to see which, then try again"
+        )
+    if head.startswith(b"version https://git-lfs"):
+        raise ValueError(
+            f"{origin} is a git-lfs pointer, not the file: run `git lfs pull` where it came from"
+        )
+
+
+def status(root: Path | str | None = None) -> list[dict[str, Any]]:
+    """One row per corpus for `conki doctor`: present or not, what is in it, how to get it."""
+    rows = []
+    for name, corpus in CORPORA.items():
+        path = corpus_path(name, root)
+        row = {"corpus": name, "title": corpus.title, "path": str(path), "state": "missing"}
+        row |= {"modalities": "".join(corpus.modalities), "counts": corpus.counts}
+        if path.exists():
+            try:
+                counts = open_store(path).info.counts.get("standard", {})
+                row |= {"state": "present", "counts": tuple(counts.get(s, 0) for s in SPLITS)}
+            except (OSError, ValueError) as error:
+                row |= {"state": "damaged", "problem": str(error)}
+        rows.append(row | {"how": "" if row["state"] == "present" else how_to_get(name, root)})
+    return rows

@@ -1,0 +1,285 @@
+"""CMU-MultimodalSDK's ``.csd`` files: features, words and labels of a folder, cut into utterances.
+
+Source: the layout ``/<root>/data/<key>/{features,intervals}``; a key is a video, or ``video[k]``
+after alignment. Differs: from the SDK's own alignment, which copies a row into every segment that
+it touches; here a row belongs to the segment that holds its midpoint, so none is counted twice.
+"""
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+import pandas as pd
+
+from conki_lib.config import MODALITY_NAMES
+from conki_lib.data.packing import SPLITS
+from conki_lib.data.pickles import BadFile
+from conki_lib.data.raw import RawCorpus, guess_language
+
+ROLES = {
+    "labels": ("label", "opinion", "sentiment", "emotion"),
+    "v": ("facet", "openface", "vision", "visual", "video", "face"),
+    "a": ("covarep", "opensmile", "acoustic", "audio"),
+    "unused": ("phon", "glove", "vector", "bert"),
+    "words": ("word", "transcript", "text"),
+}
+EMOTIONS = ("happy", "sad", "anger", "surprise", "disgust", "fear")
+_KEY = re.compile(r"(.+)\[(\d+)\]")
+Folds = Mapping[str, Any]
+
+
+class CsdFile:
+    """One ``.csd`` file: rows of features with their times, per key."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            self.file = h5py.File(path, "r")
+        except OSError as error:
+            cut = "truncated" in str(error)
+            what = "a truncated HDF5 file" if cut else f"no readable HDF5 file ({error})"
+            raise BadFile(f"{path} is {what}: get it again") from error
+        roots = [k for k, v in self.file.items() if isinstance(v, h5py.Group) and "data" in v]
+        if len(roots) != 1:
+            raise BadFile(
+                f"{path} is an HDF5 file, but no .csd: one group <name>/data is needed, there "
+                f"{'is none' if not roots else 'are ' + ', '.join(roots)}"
+            )
+        self.root = roots[0]
+        self.data = self.file[self.root]["data"]
+
+    @cached_property
+    def width(self) -> int:
+        """Features per row."""
+        shape = self._first.shape
+        return int(np.prod(shape[1:]))
+
+    @property
+    def _first(self) -> h5py.Dataset:
+        for key in self.data:
+            return self._dataset(key, "features")
+        raise BadFile(f"{self.path}: {self.root}/data is empty: get the file again")
+
+    def _dataset(self, key: str, name: str) -> h5py.Dataset:
+        try:
+            return self.data[key][name]
+        except (KeyError, ValueError, AttributeError) as error:
+            raise BadFile(f"{self.path}: {self.root}/data/{key} has no {name}") from error
+
+    def role(self) -> str:
+        """``words``, ``labels``, ``v``, ``a`` or ``unused``: by names, then by content."""
+        names = f"{self.root} {self.path.stem}".lower()
+        for role, hints in ROLES.items():
+            if any(hint in names for hint in hints):
+                return role
+        if self._first.dtype.kind in "SOU":
+            return "words"
+        return {1: "labels", 7: "labels", 74: "a", 35: "v"}.get(self.width, "unused")
+
+    def rows(self, key: str) -> tuple[np.ndarray, np.ndarray]:
+        """Times (n, 2) and features (n, d) of a key, sorted; rows without time are left out."""
+        times = np.asarray(self._dataset(key, "intervals")[()], np.float64).reshape(-1, 2)
+        features = np.asarray(self._dataset(key, "features")[()])
+        features = features.reshape(len(features), int(np.prod(features.shape[1:])))
+        if len(times) != len(features):
+            raise BadFile(
+                f"{self.path}: {key} has {len(features)} rows and {len(times)} intervals: "
+                f"get the file again"
+            )
+        order = np.lexsort((times[:, 1], times[:, 0]))
+        order = order[np.isfinite(times[order]).all(axis=1)]
+        return times[order], features[order]
+
+
+@dataclass
+class CsdSequences:
+    """Per utterance the rows of one file whose midpoint lies in the segment, in order of time."""
+
+    source: CsdFile
+    m: str
+    segments: list[tuple[str, str, float, float]]  # video, clip, start, end
+    cleaned: dict[str, int] = field(default_factory=dict)
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        absent = 0
+        held: tuple[str, Any] = ("", None)
+        for video, clip, start, end in self.segments:
+            key = next((k for k in (f"{video}[{clip}]", video) if k in self.source.data), None)
+            if key is None:
+                absent += 1
+                yield np.zeros((0, self.source.width), np.float32)
+                continue
+            if held[0] != key:
+                held = (key, self.source.rows(key))
+            times, features = held[1]
+            yield features if key != video else features[_inside(times, start, end)]
+        if absent and self.m in MODALITY_NAMES:
+            self.cleaned[f"{MODALITY_NAMES[self.m]}.video not in the file"] = absent
+
+
+def _inside(times: np.ndarray, start: float, end: float) -> np.ndarray:
+    middle = times.mean(axis=1)
+    return (middle >= start) & (middle < end)
+
+
+def read_csd(
+    folder: Path, *, folds: Folds | str | Path | None = None, roles: Mapping[str, str] | None = None
+) -> RawCorpus:
+    """Describe the corpus in a folder of ``.csd`` files; features are read when iterated.
+
+    Args:
+        folder: holds labels, and any of words, vision features, audio features.
+        folds: ``{"train": [video ids], "valid": [...], "test": [...]}``, or several such by name,
+            or a JSON file of that form; default: ``folds.json`` in the folder.
+        roles: ``{"v": "FACET_4.2.csd"}`` where names and content do not tell, or two files compete.
+
+    Raises:
+        BadFile: a file is damaged or of no known role, no labels, no folds, a video in two splits.
+    """
+    files = _by_role(folder, dict(roles or {}))
+    cleaned: dict[str, int] = {}
+    table = _segments(files["labels"], cleaned)
+    table = table.assign(**_fold_columns(folder, folds, table["video"]))
+    segments = list(table[["video", "clip", "start", "end"]].itertuples(index=False, name=None))
+    table["text"] = _texts(files["words"], segments) if "words" in files else ""
+    sequences = {m: CsdSequences(files[m], m, segments, cleaned) for m in ("v", "a") if m in files}
+    nbytes = {m: files[m].path.stat().st_size for m in sequences}
+    used = {r: f.path.name for r, f in files.items()}
+    return RawCorpus(
+        folder,
+        "csd",
+        table.drop(columns=["start", "end"]),
+        sequences,
+        guess_language(table["text"].tolist()),
+        (-3, 3),
+        [f.path for f in files.values()],
+        nbytes,
+        None,
+        cleaned,
+        {"files": ", ".join(f"{MODALITY_NAMES.get(r, r)}: {n}" for r, n in used.items())},
+    )
+
+
+def _by_role(folder: Path, roles: dict[str, str]) -> dict[str, CsdFile]:
+    given = {name: role for role, name in roles.items()}
+    unknown = [f for f in given if not (folder / f).is_file()] + [
+        r for r in roles if r not in ROLES
+    ]
+    if unknown:
+        raise BadFile(
+            f"{folder}: roles name {unknown[0]!r}; files of the folder are meant, under the keys "
+            f"{', '.join(ROLES)}"
+        )
+    found: dict[str, CsdFile] = {}
+    for path in sorted(folder.glob("*.csd")):
+        source = CsdFile(path)
+        role = given.get(path.name) or source.role()
+        if role == "unused" or (role in roles and path.name not in given):
+            continue
+        if role in found:
+            raise BadFile(
+                f"{folder}: {found[role].path.name} and {path.name} both look like "
+                f"{MODALITY_NAMES.get(role, role)}: choose by roles={{{role!r}: {path.name!r}}} "
+                f"or move one away"
+            )
+        found[role] = source
+    if "labels" not in found:
+        raise BadFile(
+            f"{folder}: no .csd file with labels (e.g. 'CMU_MOSI_Opinion_Labels.csd'); add it, or "
+            f"name it by roles={{'labels': ...}}"
+        )
+    return found
+
+
+def _segments(labels: CsdFile, cleaned: dict[str, int]) -> pd.DataFrame:
+    """One row per labelled segment, by video and time; the clip is its place in the file."""
+    if labels._first.dtype.kind not in "fiu":
+        raise BadFile(f"{labels.path}: labels are {labels._first.dtype}, numbers are needed")
+    rows, dropped = [], 0
+    for key in labels.data:
+        match = _KEY.fullmatch(key)
+        video, clip = (match[1], match[2]) if match else (key, None)
+        times = np.asarray(labels._dataset(key, "intervals")[()], np.float64).reshape(-1, 2)
+        values = np.asarray(labels._dataset(key, "features")[()], np.float64)
+        values = values.reshape(len(values), int(np.prod(values.shape[1:])))
+        for k, ((start, end), value) in enumerate(zip(times, values, strict=True)):
+            if not np.isfinite([start, end, value[0]]).all():
+                dropped += 1
+                continue
+            number = str(k) if clip is None else clip if len(times) == 1 else f"{clip}.{k}"
+            emotions = dict(zip(EMOTIONS, value[1:], strict=False)) if len(value) == 7 else {}
+            rows.append(
+                {"video": video, "clip": number, "y": value[0], **emotions}
+                | {"start": min(start, end), "end": max(start, end)}
+            )
+    if dropped:
+        cleaned["segments without label or time"] = dropped
+    if not rows:
+        raise BadFile(f"{labels.path}: no labelled segment: get the file again")
+    table = pd.DataFrame(rows).sort_values(["video", "start", "end"], kind="stable")
+    table.insert(0, "id", table["video"] + "$_$" + table["clip"])
+    return table.reset_index(drop=True)
+
+
+def _texts(words: CsdFile, segments: list[tuple[str, str, float, float]]) -> list[str]:
+    """Words of each segment in order of time, pauses (``sp``) left out."""
+    texts = []
+    for rows in CsdSequences(words, "words", segments):
+        spoken = rows[:, 0].tolist() if rows.dtype.kind in "SOU" else []
+        decoded = (w.decode("utf-8", "replace") if isinstance(w, bytes) else w for w in spoken)
+        texts.append(" ".join(w for w in map(str.strip, decoded) if w not in ("", "sp")))
+    return texts
+
+
+def _fold_columns(folder: Path, folds: Any, videos: pd.Series) -> dict[str, pd.Series]:
+    """One column per fold: the split of each row's video, or None."""
+    where = "folds"
+    if not isinstance(folds, Mapping):
+        where = str(folds or folder / "folds.json")
+        folds = _read_folds(Path(where))
+    if not isinstance(folds, Mapping) or not folds:
+        raise BadFile(f"{where}: splits with lists of video ids are needed")
+    named = folds if not set(folds) & set(SPLITS) else {"standard": folds}
+    columns = {}
+    for fold, splits in named.items():
+        column = videos.map(_split_of(f"{where}, fold {fold!r}", splits)).astype(object)
+        if column.isna().all():
+            raise BadFile(
+                f"{where}, fold {fold!r}: none of its videos is labelled in {folder} (there are "
+                f"{', '.join(videos.unique()[:3])}, ...): correct the ids"
+            )
+        columns[fold] = column.where(column.notna(), None)
+    return columns
+
+
+def _read_folds(path: Path) -> Any:
+    if not path.is_file():
+        raise BadFile(
+            f"{path} is missing: .csd files do not say which videos are train, valid and test. "
+            'Write that file, {"train": ["video", ...], "valid": [...], "test": [...]}, or pass '
+            "such a dict as folds"
+        )
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise BadFile(f"{path} is no JSON ({error}): correct it") from error
+
+
+def _split_of(where: str, splits: Any) -> dict[str, str]:
+    if not isinstance(splits, Mapping) or set(splits) - set(SPLITS):
+        raise BadFile(f"{where}: lists under {', '.join(SPLITS)} are needed, not {list(splits)}")
+    found: dict[str, str] = {}
+    for split, ids in splits.items():
+        for video in ids:
+            if found.setdefault(str(video), split) != split:
+                raise BadFile(
+                    f"{where}: video {video!r} is in {found[str(video)]} and in {split}: training "
+                    f"data would leak; leave it in one"
+                )
+    return found

@@ -1,0 +1,294 @@
+"""What lies at a path, said before it is read; and the way from public files to a store."""
+
+import hashlib
+import re
+import warnings
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from conki_lib.config import MODALITY_NAMES
+from conki_lib.data.csd import CsdFile, read_csd
+from conki_lib.data.inspection import Inspection, inspect_raw, inspect_store
+from conki_lib.data.mmsa import RELEASES, export_mmsa, is_mmsa, read_mmsa
+from conki_lib.data.packing import SPLITS
+from conki_lib.data.pickles import BadFile, UnsafePickle, read_pickle
+from conki_lib.data.raw import Range, RawCorpus
+from conki_lib.data.store import INFO, open_store, write_store
+
+__all__ = ["Recognised", "convert", "export_mmsa", "inspect_path", "read_raw", "recognise"]
+
+_AGAIN = (
+    "get it again from the folder that MMSA's page links (in a browser, or with a tool that "
+    "follows Google Drive's confirmation), and compare its size"
+)
+_UNPACK = "unpack it and give the file or folder inside"
+_PACKED = {
+    b"PK\x03\x04": "a zip archive",
+    b"PK\x05\x06": "an empty zip archive",
+    b"\x1f\x8b": "a gzip file",
+    b"7z\xbc\xaf\x27\x1c": "a 7z archive",
+    b"Rar!": "a rar archive",
+    b"\xfd7zXZ": "an xz file",
+    b"BZh": "a bzip2 file",
+    b"\x28\xb5\x2f\xfd": "a zstd file",
+}
+_HTML = re.compile(rb"^\s*(<!--.*?-->\s*)*<(!doctype html|html|head|body|\?xml)", re.I | re.S)
+
+
+@dataclass(frozen=True)
+class Recognised:
+    """What stands at a path. `problem` is empty for what `convert` reads: ``mmsa`` and ``csd``."""
+
+    path: Path
+    kind: str
+    what: str
+    way_out: str = ""
+    problem: str = ""
+    content: Any = field(default=None, repr=False)
+
+    def __str__(self) -> str:
+        return self.problem or f"{self.path} is {self.what}"
+
+
+def _no(path: Path, kind: str, what: str, way_out: str) -> Recognised:
+    return Recognised(path, kind, what, way_out, f"{path} is {what}: {way_out}")
+
+
+def recognise(path: str | Path, scratch: Path | None = None) -> Recognised:
+    """Say what a file or folder is, by its first and last bytes; of a pickle no array is read.
+
+    Args:
+        path: any file or folder.
+        scratch: see `read_pickle`.
+
+    Raises:
+        FileNotFoundError: there is nothing.
+    """
+    path = Path(path)
+    if path.is_dir():
+        return _folder(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: there is no such file or folder; check the path")
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        head = file.read(4096)
+        file.seek(max(0, size - 4096))
+        tail = file.read()
+    return _damaged(path, size, head, tail) or _known(path, head, scratch)
+
+
+def _folder(path: Path) -> Recognised:
+    if (path / INFO).is_file():
+        what = "a store already"
+        return _no(path, "store", what, "open it with open_store; nothing is to be converted")
+    if any(path.glob("*.csd")):
+        return Recognised(path, "csd", "a folder of .csd files")
+    way_out = "give an MMSA pickle, or a folder with .csd files (labels, words, features)"
+    return _no(path, "folder", "a folder without .csd files", way_out)
+
+
+def _damaged(path: Path, size: int, head: bytes, tail: bytes) -> Recognised | None:
+    """What people have in place of the file: by its first and last bytes."""
+    if not size:
+        return _no(path, "empty", "an empty file", _AGAIN)
+    if not head.strip(b"\0"):
+        return _no(
+            path, "zeros", f"a file of zeros ({size:,} bytes)", f"a stalled download; {_AGAIN}"
+        )
+    if head.startswith(b"version https://git-lfs"):
+        return _no(path, "git-lfs", f"a git-lfs pointer{_pointed(head)}, not the file itself",
+                   "run `git lfs pull` in its repository, or download the file")  # fmt: skip
+    if _HTML.match(head):
+        title = re.search(rb"<title[^>]*>(.*?)</title>", head, re.I | re.S)
+        said = f" ({title[1].decode('utf-8', 'replace').strip()[:80]!r})" if title else ""
+        way_out = f"the server sent a page (a quota, a login) instead of the data; {_AGAIN}"
+        return _no(path, "html", f"an HTML page{said}", way_out)
+    for magic, what in _PACKED.items():
+        if head.startswith(magic):
+            return _no(path, "archive", what, _UNPACK)
+    if head[257:262] == b"ustar":
+        return _no(path, "archive", "a tar archive", _UNPACK)
+    if tail.endswith(bytes(64)) and head[:1] == b"\x80":
+        way_out = f"space was reserved but never filled, the download stopped; {_AGAIN}"
+        return _no(path, "truncated", "a pickle whose end is zeros", way_out)
+    if head[:1] == b"\x80" and not tail.endswith(b"."):
+        return _no(path, "truncated", f"a truncated pickle ({size:,} bytes, no end)", _AGAIN)
+    return None
+
+
+def _pointed(head: bytes) -> str:
+    found = re.search(rb"oid sha256:([0-9a-f]{64})", head)
+    release = RELEASES.get(found[1].decode()) if found else None
+    return f" to MMSA's {release.file}" if release else ""
+
+
+def _known(path: Path, head: bytes, scratch: Path | None) -> Recognised:
+    if head.startswith(b"\x89HDF\r\n\x1a\n"):
+        try:
+            CsdFile(path)
+        except BadFile as error:
+            return Recognised(path, "hdf5", "an HDF5 file", "", str(error))
+        return _no(path, "csd file", "a single .csd file", f"give its folder, {path.parent}")
+    if head[:1] not in b"\x80(}]c":
+        way_out = "MMSA pickles and folders of .csd files are read"
+        return _no(path, "unknown", f"no known format (first bytes {head[:8]!r})", way_out)
+    try:
+        content = read_pickle(path, scratch)
+    except UnsafePickle as error:
+        return Recognised(path, "foreign pickle", "a foreign pickle", "", str(error))
+    except BadFile as error:
+        return Recognised(path, "damaged pickle", "a damaged pickle", "", str(error))
+    if is_mmsa(content):
+        return Recognised(path, "mmsa", "an MMSA pickle", content=content)
+    keys = f" with {', '.join(map(str, list(content)[:6]))}" if isinstance(content, dict) else ""
+    what = f"a foreign pickle: a {type(content).__name__}{keys}"
+    way_out = (
+        "a dict of train, valid and test is needed, each a dict with regression_labels, id, "
+        "raw_text, vision, audio"
+    )
+    return _no(path, "foreign pickle", what, way_out)
+
+
+def read_raw(
+    source: str | Path,
+    *,
+    format: str | None = None,
+    folds: Any = None,
+    roles: Mapping[str, str] | None = None,
+    scratch: Path | None = None,
+) -> RawCorpus:
+    """Recognise files and describe the corpus in them; features are read when iterated.
+
+    Raises:
+        BadFile: the files are not what they should be; says what they are and how to get the right.
+        ValueError: `format` is unknown, or the files are of the other.
+    """
+    if format not in (None, "mmsa", "csd"):
+        raise ValueError(f"format={format!r}: 'mmsa' and 'csd' are known; leave it out to guess")
+    found = recognise(source, scratch)
+    if found.problem:
+        raise BadFile(found.problem)
+    if format not in (None, found.kind):
+        raise BadFile(f"{found}, not of the format {format!r}: leave out format")
+    if found.kind == "csd":
+        return read_csd(found.path, folds=folds, roles=roles)
+    if folds is not None or roles is not None:
+        raise ValueError(f"{found}: folds and roles are for .csd files, its splits stand in it")
+    return read_mmsa(found.path, found.content)
+
+
+def convert(
+    source: str | Path,
+    destination: str | Path,
+    *,
+    name: str | None = None,
+    format: str | None = None,
+    language: str | None = None,
+    label_range: Range | None = None,
+    folds: Mapping[str, Any] | str | Path | None = None,
+    roles: Mapping[str, str] | None = None,
+) -> Path:
+    """Turn an MMSA pickle, or a folder of ``.csd`` files, into a store.
+
+    What is not given is guessed from the content. Arrays stay in the file until their rows are
+    written one by one, so that memory does not grow with the file; the store appears when complete.
+
+    Args:
+        source: the pickle, or the folder.
+        destination: folder of the new store.
+        name: default: the known release's, else the destination's name.
+        format: ``"mmsa"`` or ``"csd"``.
+        language: ``"en"`` or ``"zh"``.
+        label_range: smallest and largest label; default (-3, 3), or (-1, 1) as in CH-SIMS.
+        folds: for ``.csd``: video ids per split, see `read_csd`.
+        roles: for ``.csd``: which file is what, where it cannot be guessed.
+
+    Returns:
+        The destination.
+
+    Raises:
+        BadFile: not such a file; says what it is and the way out.
+        ValueError: labels outside the range, ids in two splits and the like; names the row.
+    """
+    destination = Path(destination)
+    scratch = destination.parent
+    scratch.mkdir(parents=True, exist_ok=True)
+    if destination.exists() and any(destination.iterdir() if destination.is_dir() else [1]):
+        raise FileExistsError(f"{destination} exists already: remove it, or choose another name")
+    raw = read_raw(source, format=format, folds=folds, roles=roles, scratch=scratch)
+    sizes = {path: path.stat().st_size for path in raw.files}
+    total = sum(sizes.values()) + sum(raw.nbytes.values())
+    with tqdm(total=total, unit="B", unit_scale=True, desc="checksum") as bar:
+        sources = [_hashed(path, bar) for path in raw.files]
+        release = RELEASES.get(sources[0]["sha256"]) if raw.format == "mmsa" else None
+        notes = {"format": raw.format, **raw.notes}
+        notes |= _release_note(raw, sources[0]["sha256"]) if raw.format == "mmsa" else {}
+        return write_store(
+            destination,
+            raw.utterances,
+            {m: _watched(raw, m, bar) for m in raw.sequences},
+            name=name or (release.name if release else destination.name),
+            language=language or raw.language,
+            label_range=label_range or (release.label_range if release else raw.label_range),
+            sources=sources,
+            cleaned=raw.cleaned,
+            notes=notes,
+        )
+
+
+def inspect_path(path: str | Path) -> Inspection:
+    """Describe a store, an MMSA pickle or a folder of ``.csd`` files, without converting it.
+
+    Files are streamed, one utterance at a time; what `convert` would refuse is listed, not raised.
+
+    Raises:
+        BadFile: it is none of these; says what it is.
+    """
+    found = recognise(path)
+    if found.kind == "store":
+        return inspect_store(open_store(path))
+    raw = read_raw(path)
+    if raw.format == "mmsa":
+        with tqdm(total=raw.path.stat().st_size, unit="B", unit_scale=True, desc="checksum") as bar:
+            raw.notes |= _release_note(raw, _hashed(raw.path, bar)["sha256"])
+    return inspect_raw(raw)
+
+
+def _hashed(path: Path, bar: tqdm) -> dict[str, Any]:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 22):
+            digest.update(block)
+            bar.update(len(block))
+    return {"file": path.name, "sha256": digest.hexdigest(), "bytes": path.stat().st_size}
+
+
+def _watched(raw: RawCorpus, m: str, bar: tqdm) -> Iterator[np.ndarray]:
+    bar.set_description(MODALITY_NAMES[m])
+    share = raw.nbytes[m] / len(raw.utterances)
+    for frames in raw.sequences[m]:
+        yield frames
+        bar.update(share)
+
+
+def _release_note(raw: RawCorpus, sha: str) -> dict[str, str]:
+    """Name the known release; warn of a file that looks like one and is another."""
+    if sha in RELEASES:
+        return {"release": f"MMSA's {RELEASES[sha].file}, by its SHA-256"}
+    counts = tuple(int((raw.utterances["standard"] == split).sum()) for split in SPLITS)
+    alike = {r.file: s for s, r in RELEASES.items() if r.counts == counts}
+    if not alike:
+        return {"release": f"none of those that MMSA published, by its SHA-256 {sha}"}
+    expected = "; ".join(f"{file} has {s}" for file, s in alike.items())
+    note = f"as many utterances as {', '.join(alike)}, but another SHA-256, {sha}: {expected}"
+    warnings.warn(
+        f"{raw.path}: {note}. It is read all the same; if you meant the release, compare the "
+        f"files: this is another export of it, or damaged inside",
+        stacklevel=3,
+    )
+    return {"release": note}

@@ -1,0 +1,324 @@
+"""MMSA's pickles: a dict of splits, each a dict of columns; read, and written back."""
+
+import os
+import re
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from conki_lib.config import MODALITY_NAMES
+from conki_lib.data.packing import SPLITS
+from conki_lib.data.pickles import BadFile, PickledArray, Piece, StreamedArray, write_pickle
+from conki_lib.data.raw import PaddedSequences, Range, RawCorpus, guess_language
+from conki_lib.data.store import FeatureStore, SplitView
+
+SEPARATOR = "$_$"
+_YOUTUBE = re.compile(r"([-\w]{11})_(\d+)")  # a video id has 11 characters, "_" may be among them
+_ALIGNED = re.compile(r"(.+)\[(\d+)\]")
+
+
+@dataclass(frozen=True)
+class Release:
+    """A file published by MMSA, known by its SHA-256."""
+
+    name: str
+    file: str
+    label_range: Range
+    counts: tuple[int, int, int]
+
+
+_MOSI, _MOSEI = (1284, 229, 686), (16326, 1871, 4659)
+RELEASES = {
+    "78e0f8b5ef8ff71558e7307848fc1fa929ecb078203f565ab22b9daab2e02524": Release(
+        "mosi", "MOSI/Processed/unaligned_50.pkl", (-3, 3), _MOSI
+    ),
+    "d3994fd25681f9c7ad6e9c6596a6fe9b4beb85ff7d478ba978b124139002e5f9": Release(
+        "mosi", "MOSI/Processed/aligned_50.pkl", (-3, 3), _MOSI
+    ),
+    "ad8b23d50557045e7d47959ce6c5b955d8d983f2979c7d9b7b9226f6dd6fec1f": Release(
+        "mosei", "MOSEI/Processed/unaligned_50.pkl", (-3, 3), _MOSEI
+    ),
+    "45eccfb748a87c80ecab9bfac29582e7b1466bf6605ff29d3b338a75120bf791": Release(
+        "mosei", "MOSEI/Processed/aligned_50.pkl", (-3, 3), _MOSEI
+    ),
+    "c9e20c13ec0454d98bb9c1e520e490c75146bfa2dfeeea78d84de047dbdd442f": Release(
+        "sims", "SIMS/Processed/unaligned_39.pkl", (-1, 1), (1368, 456, 457)
+    ),
+}
+
+
+def is_mmsa(content: Any) -> bool:
+    """Does a pickle's content have the layout: splits, each with labels or with rows?"""
+    return isinstance(content, dict) and any(
+        isinstance(content.get(split), dict) and "regression_labels" in content[split]
+        for split in SPLITS
+    )
+
+
+def read_mmsa(path: Path, content: dict[str, Any]) -> RawCorpus:
+    """Describe the corpus that a pickle holds; no feature is read.
+
+    Args:
+        path: the file, for messages.
+        content: what `read_pickle` gave.
+
+    Raises:
+        BadFile: a column is missing or does not fit; names split and column.
+    """
+    splits = [s for s in SPLITS if s in content]
+    tables = [_Split(path, s, content[s]).table() for s in splits]
+    utterances = _with_ids(pd.concat(tables, ignore_index=True))
+    cleaned: dict[str, int] = {}
+    notes = {f"no split {s!r}": "the file does not hold it" for s in SPLITS if s not in splits}
+    sequences, nbytes = {}, {}
+    for m in ("v", "a"):
+        parts = [_Split(path, s, content[s]).sequences(m) for s in splits]
+        if any(part is None for part in parts):
+            if any(part is not None for part in parts):
+                raise BadFile(f"{path}: {MODALITY_NAMES[m]!r} is in some splits only; get it again")
+            continue
+        sequences[m] = PaddedSequences(m, parts, cleaned)
+        nbytes[m] = sum(_size(rows) for rows, _ in parts)
+    if "raw_text" not in content[splits[0]]:
+        notes["text"] = "the file has no raw_text"
+    language = guess_language(utterances["text"].tolist())
+    small = language == "zh" or "y_T" in utterances
+    label_range = (-1, 1) if small else (-3, 3)
+    return RawCorpus(
+        path,
+        "mmsa",
+        utterances,
+        sequences,
+        language,
+        label_range,
+        [path],
+        nbytes,
+        None,
+        cleaned,
+        notes,
+    )
+
+
+@dataclass
+class _Split:
+    path: Path
+    name: str
+    columns: Any
+
+    def problem(self, what: str) -> BadFile:
+        return BadFile(
+            f"{self.path}: split {self.name!r}: {what}; such a file is a dict of train, valid and "
+            f"test, each with regression_labels, id, raw_text, vision and audio of one length: get "
+            f"it again or correct it"
+        )
+
+    def table(self) -> pd.DataFrame:
+        """id (raw), text, labels and fold of the split."""
+        if not isinstance(self.columns, dict) or "regression_labels" not in self.columns:
+            held = (
+                ", ".join(map(str, self.columns)) if isinstance(self.columns, dict) else "no dict"
+            )
+            raise self.problem(f"regression_labels is missing (it holds: {held or 'nothing'})")
+        y = self.labels("regression_labels")
+        table = pd.DataFrame({"y": y})
+        for letter in "TVA":
+            if f"regression_labels_{letter}" in self.columns:
+                table[f"y_{letter}"] = self.labels(f"regression_labels_{letter}", len(y))
+        table["text"] = self.texts("raw_text", len(y))
+        table["raw_id"] = self.ids(len(y))
+        return table.assign(standard=self.name)
+
+    def sized(self, key: str, values: Any, n: int | None) -> Any:
+        if n is not None and len(values) != n:
+            raise self.problem(f"{key} has {len(values)} rows, regression_labels has {n}")
+        return values
+
+    def labels(self, key: str, n: int | None = None) -> np.ndarray:
+        try:
+            flat = [np.asarray(v).reshape(()) for v in np.asarray(self.columns[key]).reshape(-1)]
+            values = np.array(flat, np.float64)
+        except (TypeError, ValueError) as error:
+            raise self.problem(f"{key} is no list of numbers ({error})") from error
+        return self.sized(key, values, n)
+
+    def texts(self, key: str, n: int) -> list[str]:
+        if key not in self.columns:
+            return [""] * n
+        values = self.columns[key]
+        values = np.asarray(values).reshape(-1) if isinstance(values, PickledArray) else values
+        return [_text(v) for v in self.sized(key, values, n)]
+
+    def ids(self, n: int) -> list[tuple[str, ...]]:
+        """Each id as the tuple of texts that it is made of; the row where there are no ids."""
+        if "id" not in self.columns:
+            return [(f"{self.name}{SEPARATOR}{i}",) for i in range(n)]
+        values = self.columns["id"]
+        values = np.asarray(values) if isinstance(values, PickledArray) else values
+        return [tuple(_flat(v)) for v in self.sized("id", values, n)]
+
+    def sequences(self, m: str) -> tuple[Any, np.ndarray | None] | None:
+        """Rows of one modality with the stated lengths, or None."""
+        name = MODALITY_NAMES[m]
+        if name not in self.columns:
+            return None
+        n = len(np.asarray(self.columns["regression_labels"]).reshape(-1))
+        rows, lengths = self.columns[name], self.columns.get(f"{name}_lengths")
+        if not isinstance(rows, PickledArray | list):
+            raise self.problem(f"{name} is {type(rows).__name__}, no array and no list of arrays")
+        if isinstance(rows, PickledArray) and len(rows.shape) not in (1, 2, 3):
+            raise self.problem(f"{name} has the shape {rows.shape} instead of (N, l, d)")
+        if lengths is not None:
+            lengths = np.asarray(np.asarray(lengths).reshape(-1), np.int64)
+            self.sized(f"{name}_lengths", lengths, n)
+        return self.sized(name, rows, n), lengths
+
+
+def _size(rows: Any) -> int:
+    if isinstance(rows, PickledArray) and rows.dtype.kind != "O":
+        return rows.nbytes
+    return sum(getattr(row, "nbytes", 8) for row in rows)
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, Piece):
+        return value.text()
+    if isinstance(value, PickledArray | np.ndarray | list | tuple):
+        return " ".join(_flat(value))
+    return value.decode("utf-8", "replace") if isinstance(value, bytes) else str(value)
+
+
+def _flat(value: Any) -> Iterator[str]:
+    """The texts that an id is made of, however it is nested."""
+    if isinstance(value, PickledArray):
+        value = np.asarray(value)
+    if isinstance(value, np.ndarray):
+        value = value.reshape(-1).tolist()
+    if isinstance(value, list | tuple):
+        for part in value:
+            yield from _flat(part)
+    else:
+        yield f"{value:g}" if isinstance(value, float) else _text(value)
+
+
+def _with_ids(table: pd.DataFrame) -> pd.DataFrame:
+    """Turn all forms of ids into unique texts ``video$_$clip``, with their two parts as columns.
+
+    ``[vid, start, end]`` gives the clip ``start-end``; a video id alone is numbered.
+    """
+    seen: Counter[str] = Counter()
+    pairs = []
+    for parts in table.pop("raw_id"):
+        video, clip = split_id(parts)
+        if clip is None:
+            clip = str(seen[video])
+            seen[video] += 1
+        pairs.append((video, clip))
+    table.insert(0, "clip", [clip for _, clip in pairs])
+    table.insert(0, "video", [video for video, _ in pairs])
+    table.insert(0, "id", [f"{video}{SEPARATOR}{clip}" for video, clip in pairs])
+    return table
+
+
+def split_id(parts: tuple[str, ...]) -> tuple[str, str | None]:
+    """Video and clip of an id: ``("vid$_$3",)``, ``("vid[3]",)``, ``("vid", "1.5", "4")``.
+
+    Ids may hold ``-`` and ``_`` themselves: ``_3`` counts as the clip only behind the eleven
+    characters of a YouTube id. The clip is None if the id names none.
+    """
+    if len(parts) > 1:
+        return parts[0], "-".join(parts[1:])
+    text = parts[0] if parts else ""
+    if SEPARATOR in text:
+        video, clip = text.rsplit(SEPARATOR, 1)
+        return video, clip
+    match = _ALIGNED.fullmatch(text) or _YOUTUBE.fullmatch(text)
+    return (match[1], match[2]) if match else (text, None)
+
+
+def export_mmsa(
+    store: FeatureStore,
+    path: str | Path,
+    *,
+    tokenizer: Callable[..., Any] | None = None,
+    max_tokens: int = 50,
+    max_steps: int | None = None,
+) -> Path:
+    """Write one fold of a store as an MMSA pickle, so that other models of the field can read it.
+
+    Sequences are padded at the back with zeros to the longest; arrays are written in pieces, the
+    file appears when it is complete. Ids become ``video$_$clip``.
+
+    Args:
+        store: opened with the fold that is wanted.
+        path: the file to write; one that exists is replaced.
+        tokenizer: a transformers tokenizer; adds ``text_bert`` (token ids, mask, segments), which
+            models on BERT need. Without it they must tokenise ``raw_text`` themselves.
+        max_tokens: word pieces per utterance in ``text_bert``.
+        max_steps: cut sequences to so many steps; default: none is cut.
+
+    Returns:
+        The path.
+
+    Differs: from MMSA's files by the missing ``text`` (BERT states), which no text backbone needs.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    longest = {m: _longest(store, m, max_steps) for m in store.info.widths}
+    handle, aside = tempfile.mkstemp(prefix=f".{path.name}.partial-", dir=path.parent)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            splits = {s: _columns(store, s, longest, tokenizer, max_tokens) for s in store.splits}
+            write_pickle(file, splits)
+        os.chmod(aside, 0o644)
+        os.replace(aside, path)
+    finally:
+        Path(aside).unlink(missing_ok=True)
+    return path
+
+
+def _longest(store: FeatureStore, m: str, max_steps: int | None) -> int:
+    longest = max(int(store[s].lengths(m).max()) for s in store.splits)
+    return min(longest, max_steps or longest)
+
+
+def _columns(
+    store: FeatureStore,
+    split: str,
+    longest: dict[str, int],
+    tokenizer: Callable[..., Any] | None,
+    max_tokens: int,
+) -> dict[str, Any]:
+    view = store[split]
+    table, y = view.table, view.y
+    columns: dict[str, Any] = {
+        "raw_text": table["text"].tolist(),
+        "id": [f"{v}{SEPARATOR}{c}" for v, c in zip(table["video"], table["clip"], strict=True)],
+        "regression_labels": y,
+        "classification_labels": (np.sign(y) + 1).astype(np.int64),
+        "annotations": [("Negative", "Neutral", "Positive")[int(k) + 1] for k in np.sign(y)],
+    }
+    for letter in "TAV":
+        if f"y_{letter}" in table:
+            columns[f"regression_labels_{letter}"] = table[f"y_{letter}"].to_numpy(np.float32)
+    for m, length in longest.items():
+        shape = (len(view), length, store.info.widths[m])
+        columns[MODALITY_NAMES[m]] = StreamedArray(shape, np.dtype("<f4"), _padded(view, m, length))
+        columns[f"{MODALITY_NAMES[m]}_lengths"] = np.minimum(view.lengths(m), length).tolist()
+    if tokenizer is not None:
+        options = dict(padding="max_length", truncation=True, max_length=max_tokens)
+        tokens = tokenizer(columns["raw_text"], return_token_type_ids=True, **options)
+        kinds = ("input_ids", "attention_mask", "token_type_ids")
+        columns["text_bert"] = np.stack([np.array(tokens[k], np.int64) for k in kinds], axis=1)
+    return columns
+
+
+def _padded(view: SplitView, m: str, length: int) -> Iterator[np.ndarray]:
+    for row in view.rows:
+        frames = view.store.frames(m, int(row))[:length]
+        yield np.pad(frames, ((0, length - len(frames)), (0, 0)))[None]

@@ -1,0 +1,287 @@
+"""What notebooks need from their surroundings, and the strict runner that executes them."""
+
+import ast
+import inspect
+import os
+import sys
+import textwrap
+import uuid
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from datetime import datetime
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, NamedTuple
+
+import nbformat
+import papermill
+from IPython.display import Code
+from papermill.translators import PythonTranslator
+from pydantic import TypeAdapter, ValidationError
+from traitlets.config import Config
+
+from conki_lib.config import ROOT, near_names, read_profile
+
+NOTEBOOKS = ROOT / "notebooks"
+HEADLESS = "CONKI_HEADLESS"
+_SCALARS = {"int": int, "float": float, "str": str, "bool": bool}
+
+
+class NotebookError(RuntimeError):
+    """A notebook stopped; the message names the cell and where its evidence lies."""
+
+
+class Parameter(NamedTuple):
+    """One line of a parameters cell: ``name: type = default  # meaning``."""
+
+    name: str
+    type: Any
+    default: str
+    meaning: str
+
+
+# ---- inside a notebook --------------------------------------------------------------------------
+
+
+def show_source(obj: Any) -> Code:
+    """Show the source of a function or class as the output of a cell, so that it stays in the file.
+
+    Args:
+        obj: a function, method or class of the library.
+
+    Returns:
+        The displayed source, dedented.
+    """
+    source = inspect.getsource(inspect.unwrap(obj))
+    return Code(data=textwrap.dedent(source), language="python")
+
+
+def headless() -> bool:
+    """Is the notebook executed by `run_notebook`, with nobody to watch a progress bar?"""
+    return os.environ.get(HEADLESS) == "1"
+
+
+# ---- parameters ---------------------------------------------------------------------------------
+
+
+def find_notebook(notebook: str | Path) -> Path:
+    """Find a notebook by its path, or by its stem in ``notebooks/``: ``"04_finetuning"``.
+
+    Raises:
+        FileNotFoundError: no such notebook; lists the known and the near ones.
+    """
+    for path in (Path(notebook), NOTEBOOKS / f"{notebook}.ipynb"):
+        if path.suffix == ".ipynb" and path.is_file():
+            return path.resolve()
+    known = sorted(path.stem for path in NOTEBOOKS.glob("*.ipynb"))
+    raise FileNotFoundError(
+        f"no notebook {str(notebook)!r}{near_names(Path(notebook).stem, known)}: "
+        f"known are {', '.join(known) or 'none'} in {NOTEBOOKS}, or give a path"
+    )
+
+
+def notebook_parameters(notebook: str | Path) -> dict[str, Parameter]:
+    """Read the parameters that a notebook declares, as papermill sees them.
+
+    Raises:
+        ValueError: a declaration that papermill would lose or leave untyped.
+    """
+    path = find_notebook(notebook)
+    cells = nbformat.read(path, as_version=4).cells
+    tagged = [cell for cell in cells if "parameters" in cell.metadata.get("tags", [])]
+    if not tagged:
+        return {}
+    seen = {found.name: found for found in PythonTranslator.inspect(tagged[0])}
+    declared = {}
+    for name in _assigned_names(tagged[0].source):
+        if name not in seen:
+            raise ValueError(
+                f"{path.name}: papermill cannot read the declaration of {name!r}; write "
+                f"`{name}: type = default  # meaning` on one line, without `|` in the type and "
+                "without `=` in the comment"
+            )
+        found = seen[name]
+        declared[name] = Parameter(name, _type_of(path, found), found.default, found.help)
+    return declared
+
+
+def _assigned_names(source: str) -> list[str]:
+    body = ast.parse(source).body
+    single = [s.target for s in body if isinstance(s, ast.AnnAssign)]
+    several = [target for s in body if isinstance(s, ast.Assign) for target in s.targets]
+    return [target.id for target in single + several if isinstance(target, ast.Name)]
+
+
+def _type_of(path: Path, found: Any) -> Any:
+    name, annotation = found.name, found.inferred_type_name
+    kind = _SCALARS.get(annotation.removeprefix("Optional[").removesuffix("]"))
+    if kind is None:
+        raise ValueError(
+            f"{path.name}: parameter {name!r} has the type {annotation!r}; "
+            f"annotate it with one of {', '.join(_SCALARS)}"
+        )
+    optional = annotation.startswith("Optional[") or found.default == "None"
+    return kind | None if optional else kind
+
+
+def check_parameters(
+    notebook: str | Path, given: Mapping[str, Any], assignments: Iterable[str] = ()
+) -> dict[str, Any]:
+    """Check names and types of values against what a notebook declares.
+
+    Args:
+        notebook: path or stem.
+        given: values of the declared types; an int passes for a float, nothing else is converted.
+        assignments: texts ``"name=value"`` as typed in a shell, converted to the declared type.
+
+    Returns:
+        All values by name.
+
+    Raises:
+        ValueError: a name that the notebook does not declare, with the near ones; a value of
+            another type; an assignment without ``=``.
+    """
+    declared, values = notebook_parameters(notebook), {}
+    for name, value in given.items():
+        kind = _declared(notebook, declared, name)
+        values[name] = _checked(notebook, name, value, lambda v, k=kind: k.validate_python(v))
+    for assignment in assignments:
+        name, equals, text = assignment.partition("=")
+        if not equals:
+            raise ValueError(f"-p {assignment!r}: write -p name=value")
+        kind = _declared(notebook, declared, name)
+        values[name] = _checked(notebook, name, text, lambda v, k=kind: _from_text(k, v))
+    return values
+
+
+def _declared(notebook: str | Path, declared: Mapping[str, Parameter], name: str) -> TypeAdapter:
+    if name not in declared:
+        raise ValueError(
+            f"{Path(notebook).stem} declares no parameter {name!r}{near_names(name, declared)}: "
+            f"it declares {', '.join(declared) or 'none'}"
+        )
+    return TypeAdapter(declared[name].type, config={"strict": True})
+
+
+def _from_text(kind: TypeAdapter, text: str) -> Any:
+    if text.lower() in ("none", "null"):
+        return kind.validate_python(None)
+    return kind.validate_strings(text, strict=False)
+
+
+def _checked(notebook: str | Path, name: str, value: Any, check: Any) -> Any:
+    try:
+        return check(value)
+    except ValidationError as error:
+        raise ValueError(
+            f"{Path(notebook).stem}: parameter {name!r} cannot be {value!r}: "
+            f"{error.errors()[0]['msg']}"
+        ) from None
+
+
+def profile_parameters(notebook: str | Path, profile: str) -> dict[str, Any]:
+    """The keys of ``configs/<profile>.yml`` that a notebook declares, the profile's name included.
+
+    The settings that it does not declare reach it through ``RunConfig.from_profile(profile)``.
+
+    Raises:
+        FileNotFoundError: no such profile.
+        ValueError: a key that is no setting.
+    """
+    declared = notebook_parameters(notebook)
+    return {name: value for name, value in read_profile(profile).items() if name in declared}
+
+
+# ---- the runner ---------------------------------------------------------------------------------
+
+
+def run_notebook(
+    notebook: str | Path,
+    *,
+    profile: str | None = None,
+    parameters: Mapping[str, Any] | None = None,
+    assignments: Iterable[str] = (),
+    output: str | Path | None = None,
+) -> Path:
+    """Execute a notebook with papermill; unlike papermill, refuse what it does not declare.
+
+    The kernel works in the project's root and finds ``CONKI_HEADLESS=1``. The result is written
+    aside and renamed. A notebook that fails is kept in ``runs/notebooks/failed/``.
+
+    Args:
+        notebook: path, or stem of a file in ``notebooks/``.
+        profile: its YAML feeds the keys that the notebook declares.
+        parameters: typed values; they win over the profile's.
+        assignments: texts ``"name=value"``; they win over both.
+        output: where the executed notebook goes; default ``runs/notebooks/[<profile>/]``.
+
+    Returns:
+        The path of the executed notebook.
+
+    Raises:
+        ValueError: a parameter that is not declared or of another type; nothing was executed.
+        NotebookError: a cell failed, or the kernel died.
+    """
+    path = find_notebook(notebook)
+    values = check_parameters(path, parameters or {}, assignments)
+    profile = values.get("profile", profile)
+    if profile is not None:
+        values = check_parameters(path, profile_parameters(path, profile) | values)
+    folder = Path(os.environ.get("CONKI_RUNS", ROOT / "runs")) / "notebooks"
+    target = Path(output) if output else folder / (profile or "") / path.name
+    return _execute(path, values, target, folder / "failed")
+
+
+def _execute(path: Path, values: dict[str, Any], target: Path, failed: Path) -> Path:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    failed.mkdir(parents=True, exist_ok=True)
+    aside = failed / f"{path.stem}-{datetime.now():%Y%m%d-%H%M%S}-{uuid.uuid4().hex[:6]}.ipynb"
+    try:
+        with _environment(**{HEADLESS: "1"}), TemporaryDirectory(prefix="conki-") as sockets:
+            # sockets of its own: runs side by side cannot meet on a port
+            own = {"transport": "ipc", "ip": f"{sockets}/kernel"}
+            papermill.execute_notebook(
+                str(path), str(aside), parameters=values, cwd=str(ROOT), progress_bar=False,
+                kernel_name="python3", language="python", start_timeout=180,
+                stdout_file=sys.stdout, stderr_file=sys.stderr, coalesce_streams=True,
+                store_widget_state=False, config=Config(KernelManager=own),
+            )  # fmt: skip
+    except papermill.PapermillExecutionError as error:
+        raise NotebookError(
+            f"{path.name}, cell {error.cell_index} (In [{error.exec_count}]): "
+            f"{error.ename}: {error.evalue}\nThe notebook as far as it came: {aside}"
+        ) from error
+    except Exception as error:
+        raise NotebookError(
+            f"{path.name} stopped: {type(error).__name__}: {error}\n"
+            f"The notebook as far as it came: {aside}"
+        ) from error
+    _publish(aside, target)
+    return target
+
+
+def _publish(aside: Path, target: Path) -> None:
+    """Move an executed notebook to its place in one step, without traces of this machine."""
+    notebook = nbformat.read(aside, as_version=4)
+    for holder in (notebook, *notebook.cells):
+        holder.metadata.pop("papermill", None)
+        holder.metadata.pop("execution", None)
+    notebook.metadata.pop("widgets", None)
+    near = target.with_name(f".{target.name}.{uuid.uuid4().hex[:6]}")
+    nbformat.write(notebook, near)
+    near.replace(target)
+    aside.unlink()
+
+
+@contextmanager
+def _environment(**values: str) -> Iterator[None]:
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value

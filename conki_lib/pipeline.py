@@ -1,0 +1,196 @@
+"""What the Snakefile asks, and how it is started: one pipeline per folder, resumable after a kill.
+
+The Snakefile is the definition of the pipeline. Its marker files in ``runs/<profile>/.jobs/`` only
+mirror what is true: `is_finished` asks the records, `state` what tables and figures are made from.
+"""
+
+import fcntl
+import hashlib
+import json
+import os
+import sys
+from collections.abc import Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import NoReturn
+
+import pandas as pd
+
+from conki_lib.config import ROOT, RunConfig
+from conki_lib.records import (
+    load_records,
+    local_records,
+    provenance,
+    results_dir,
+    run_folder,
+    runs_dir,
+)
+
+
+def parse_seeds(text: str) -> list[int]:
+    """Read seeds: ``"3"`` means the first three, ``"0,4,7"`` these, ``"2-5"`` two to five.
+
+    Raises:
+        ValueError: anything else.
+    """
+    try:
+        if "," in text:
+            return [int(part) for part in text.split(",") if part.strip()]
+        if "-" in text:
+            first, last = map(int, text.split("-"))
+            return list(range(first, last + 1))
+        return list(range(int(text)))
+    except ValueError:
+        raise ValueError(
+            f"SEEDS={text!r}: write a count (3), a list (0,4,7 or 7,) or a range (2-5)"
+        ) from None
+
+
+def parse_rows(text: str, profile: str) -> list[str]:
+    """Read rows of the tables: ``"full,w/o N1"``; ``"all"`` means every one the profile can run.
+
+    Raises:
+        ValueError: an unknown row, with the near ones, or one that is not for this profile.
+    """
+    from conki_lib.ablation import VARIANTS, configure, why_not
+
+    if text == "all":
+        base = RunConfig.from_profile(profile)
+        return [name for name in VARIANTS if why_not(base, name) is None]
+    rows = [part.strip() for part in text.split(",") if part.strip()]
+    for row in rows:
+        configure(profile, row)
+    return rows
+
+
+def is_finished(config: RunConfig, stage: int) -> bool:
+    """Does the record of this run exist, for the data and the code as they are now?"""
+    from conki_lib.training import resolve
+
+    try:
+        resolved, stores = resolve(config)
+    except FileNotFoundError:
+        return False  # no data yet
+    data = {name: store.fingerprint for name, store in stores.items()}
+    return (run_folder(resolved, stage, data) / "record.json").is_file()
+
+
+def state(profile: str) -> str:
+    """Hash of what a profile's tables and figures are made from: code, notebooks, records."""
+    digest = hashlib.sha256()
+    for path in sorted((ROOT / "conki_lib").rglob("*.py")):
+        digest.update(path.read_bytes())
+    for path in sorted((ROOT / "notebooks").glob("*.ipynb")):
+        cells = json.loads(path.read_text())["cells"]
+        digest.update(json.dumps([cell["source"] for cell in cells]).encode())
+    digest.update(" ".join(record.key for record in local_records(profile)).encode())
+    merged = results_dir(profile) / "records.jsonl"
+    digest.update(merged.read_bytes() if merged.is_file() else b"")
+    return digest.hexdigest()
+
+
+def set_aside(profile: str) -> Path | None:
+    """Move a profile's finished and unfinished runs to ``runs/replaced/``; delete nothing."""
+    folder = runs_dir(profile)
+    if not folder.is_dir():
+        return None
+    target = folder.parent / "replaced" / f"{profile}-{datetime.now():%Y%m%d-%H%M%S}"
+    target.parent.mkdir(parents=True, exist_ok=True)
+    return folder.rename(target)
+
+
+def lock(folder: Path) -> int:
+    """Lock a folder of runs for this process; the kernel frees the lock when the process ends.
+
+    Returns:
+        The open file that holds the lock; it survives ``exec``.
+
+    Raises:
+        RuntimeError: another pipeline works there; names its process.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    file = os.open(folder / ".pipeline.lock", os.O_RDWR | os.O_CREAT)
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        holder = os.read(file, 20).decode() or "unknown"
+        os.close(file)
+        raise RuntimeError(
+            f"another pipeline (process {holder}) works in {folder}: wait until it has ended, "
+            "or give this one a folder of its own by CONKI_RUNS=..."
+        ) from None
+    os.truncate(file, 0)
+    os.pwrite(file, str(os.getpid()).encode(), 0)
+    os.set_inheritable(file, True)
+    return file
+
+
+def command(
+    profile: str, *, rows: str = "", seeds: str = "", cores: int = 2, extra: Sequence[str] = ()
+) -> list[str]:
+    """The Snakemake call of one pipeline; empty rows and seeds are left to the Snakefile."""
+    given = {"profile": profile, "rows": rows, "seeds": seeds}
+    settings = [f"{name}={value!r}" for name, value in given.items() if value]
+    start = [sys.executable, "-m", "snakemake", "--directory", str(ROOT)]
+    start += ["--snakefile", str(ROOT / "Snakefile"), "--nolock", "--cores", str(cores)]
+    return [*start, *extra, "--config", *settings]
+
+
+def start(profile: str, *, fresh: bool = False, extra: Sequence[str] = (), **options) -> NoReturn:
+    """Become the Snakemake process that runs a profile's pipeline.
+
+    Args:
+        profile: ``configs/<profile>.yml``.
+        fresh: begin anew; earlier runs are moved to ``runs/replaced/``.
+        extra: further arguments for Snakemake, such as targets or ``--dry-run``.
+        **options: `rows`, `seeds` and `cores` of `command`.
+
+    Raises:
+        FileNotFoundError: no such profile.
+        RuntimeError: another pipeline works in this folder.
+    """
+    RunConfig.from_profile(profile)
+    if not {"-n", "--dry-run", "--dryrun"} & set(extra):
+        lock(runs_dir(profile).parent)
+        if fresh:
+            set_aside(profile)
+    arguments = command(profile, extra=extra, **options)
+    os.execv(arguments[0], arguments)
+
+
+def summary(profile: str) -> tuple[pd.DataFrame, list[str]]:
+    """The test row of every run that is known, and the files of tables and figures.
+
+    Returns:
+        One line per variant, fold and seed; paths relative to the project root.
+    """
+    rows = [
+        {"variant": r.variant, "fold": r.fold, "seed": r.seed, "epoch": r.best_epoch}
+        | {name: round(value, 4) for name, value in r.metrics.get("test", {}).items()}
+        | {"code": "current" if r.is_current else "older"}
+        for r in load_records(profile)
+        if r.stage == 2
+    ]
+    folders = (results_dir(profile), ROOT / "figures" / profile)
+    files = sorted(path for folder in folders for path in folder.glob("*") if path.is_file())
+    return pd.DataFrame(rows), [str(path.relative_to(ROOT)) for path in files]
+
+
+def machine() -> dict[str, str]:
+    """What is installed, and which device and precision a run would have here."""
+    import torch
+
+    if torch.cuda.is_available():
+        device, fast = torch.cuda.get_device_name(), torch.cuda.is_bf16_supported()
+    else:
+        device = (
+            f"cpu, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"
+        )
+        fast = torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    bf16 = "bf16" if fast else "bf16 (works, but this device has no instructions for it)"
+    return {
+        **{name: str(value) for name, value in provenance()["versions"].items()},
+        "device": device,
+        "precision": f"fp32, fp32-fast, {bf16}",
+        "project": str(ROOT),
+    }

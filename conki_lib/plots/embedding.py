@@ -1,0 +1,188 @@
+"""Pictures of the representations: maps, grids of maps, numbers along training, similarities."""
+
+from collections.abc import Mapping, Sequence
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import TwoSlopeNorm
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+
+from conki_lib.embedding import MOMENTS, SETTINGS
+from conki_lib.plots.runs import RUN_COLORS, RUN_MARKERS, RUN_STYLES
+from conki_lib.plots.style import INK, MUTED, REP_COLORS, REP_MARKERS, rep_label
+
+SIGNS = "PuOr"
+NUMBERS = {
+    "silhouette_kind": ("silhouette, O against A", "larger: kinds apart"),
+    "silhouette_class": ("silhouette by class", "larger: classes apart"),
+    "alignment_P1": ("alignment of P1", "smaller: a sample's views agree"),
+    "alignment_P2": ("alignment of P2", "smaller: a class's samples agree"),
+    "uniformity": ("uniformity", "smaller: spread over the sphere"),
+}
+
+
+def map_figure(coordinates: pd.DataFrame, color: str = "representation") -> Figure:
+    """Draw one map per method (down) and row of the tables (across); one joint fit per panel.
+
+    Args:
+        coordinates: from `conki_lib.embedding.maps`, one setting and seed per method, with a
+            column variant.
+        color: ``"representation"`` or ``"sentiment"``.
+    """
+    methods, variants = (list(dict.fromkeys(coordinates[c])) for c in ("method", "variant"))
+    fig, axes = plt.subplots(
+        len(methods), len(variants), figsize=(4.3 * len(variants), 3.9 * len(methods)),
+        squeeze=False,
+    )  # fmt: skip
+    limit = float(coordinates["y"].abs().max())
+    for (i, j), ax in np.ndenumerate(axes):
+        chosen = (coordinates["method"] == methods[i]) & (coordinates["variant"] == variants[j])
+        part = coordinates[chosen]
+        _draw_map(ax, part, color, limit)
+        setting = f"{SETTINGS[methods[i]]} {part['setting'].iloc[0]}"
+        ax.set_title(f"{variants[j]}: {methods[i]}, {setting}", fontsize=10)
+    _map_legend(fig, axes, coordinates, color, limit)
+    return fig
+
+
+def _draw_map(ax: Axes, part: pd.DataFrame, color: str, limit: float, size: float = 16.0) -> None:
+    for name in dict.fromkeys(part["rep"]):
+        rows = part[part["rep"] == name]
+        look = dict(s=size, marker=REP_MARKERS[name], lw=0.25, edgecolor="white", alpha=0.85)
+        if color == "sentiment":
+            look |= dict(c=rows["y"], cmap=SIGNS, norm=TwoSlopeNorm(0, -limit, limit),
+                         edgecolor=MUTED)  # fmt: skip
+        else:
+            look["color"] = REP_COLORS[name]
+        ax.scatter(rows["x1"], rows["x2"], **look)
+    ax.set(xticks=[], yticks=[])
+    for side in ax.spines.values():
+        side.set_visible(True)
+
+
+def _map_legend(fig: Figure, axes, coordinates: pd.DataFrame, color: str, limit: float) -> None:
+    names = list(dict.fromkeys(coordinates["rep"]))
+    if color == "sentiment":
+        scale = ScalarMappable(TwoSlopeNorm(0, -limit, limit), SIGNS)
+        fig.colorbar(scale, ax=axes, label="sentiment $y$", shrink=0.6, pad=0.02)
+        names = [next((n for n in names if n[0] == kind), "") for kind in "OA"]
+        labels = {n: f"${n[0]}_m$" for n in names if n}
+    else:
+        labels = {n: rep_label(n) for n in names}
+    handles = [
+        Line2D([], [], marker=REP_MARKERS[n], ls="none", ms=7, label=label,
+               color=INK if color == "sentiment" else REP_COLORS[n])
+        for n, label in labels.items()
+    ]  # fmt: skip
+    fig.legend(handles=handles, loc="outside upper center", ncols=len(handles))
+
+
+def grid_figure(coordinates: pd.DataFrame, method: str) -> Figure:
+    """Draw small maps of one method: settings across, rows of the tables and seeds down.
+
+    Args:
+        coordinates: from `conki_lib.embedding.maps`, with a column variant.
+        method: ``"t-SNE"`` or ``"UMAP"``.
+    """
+    part = coordinates[coordinates["method"] == method]
+    down = list(part[["variant", "seed"]].drop_duplicates().itertuples(index=False, name=None))
+    across = sorted(part["setting"].unique())
+    fig, axes = plt.subplots(
+        len(down), len(across), figsize=(2.5 * len(across) + 0.4, 2.2 * len(down) + 0.5),
+        squeeze=False,
+    )  # fmt: skip
+    for (i, j), ax in np.ndenumerate(axes):
+        (variant, seed), setting = down[i], across[j]
+        chosen = (part["variant"] == variant) & (part["seed"] == seed)
+        _draw_map(ax, part[chosen & (part["setting"] == setting)], "representation", 1.0, size=7.0)
+        if i == 0:
+            ax.set_title(f"{method}, {SETTINGS[method]} {setting}", fontsize=9.5)
+        if j == 0:
+            ax.set_ylabel(f"{variant}\nlayout seed {seed}", fontsize=9)
+    _map_legend(fig, axes, part, "representation", 1.0)
+    return fig
+
+
+def numbers_figure(numbers: pd.DataFrame) -> Figure:
+    """Draw the separability numbers along training, one panel per number, one line per row.
+
+    Args:
+        numbers: columns variant, moment and the keys of `NUMBERS`.
+    """
+    fig, axes = plt.subplots(2, 3, figsize=(8.4, 5.6))
+    for ax in axes.flat[len(NUMBERS) :]:
+        ax.set_visible(False)
+    moments = [m for m in MOMENTS if m in set(numbers["moment"])]
+    for ax, (name, (title, direction)) in zip(axes.flat, NUMBERS.items(), strict=False):
+        for k, (variant, part) in enumerate(numbers.groupby("variant", sort=False)):
+            x = [moments.index(m) for m in part["moment"]]
+            ax.plot(x, part[name], marker=RUN_MARKERS[k % 4], color=RUN_COLORS[k % 4],
+                    linestyle=RUN_STYLES[k % 4], label=variant)  # fmt: skip
+        ax.set_xticks(range(len(moments)), [m.replace(" ", "\n", 1) for m in moments], fontsize=8)
+        ax.set_xlim(-0.3, len(moments) - 0.7)
+        ax.set_title(title, fontsize=10)
+        ax.set_xlabel(direction, fontsize=8.5)
+    fig.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=4)
+    return fig
+
+
+def probes_figure(probes: pd.DataFrame, label: str = "correlation of a linear probe") -> Figure:
+    """Draw what a linear probe reads of the sentiment in each representation, along training.
+
+    Args:
+        probes: columns variant, moment, rep and value.
+        label: of the axis.
+    """
+    variants, reps = (list(dict.fromkeys(probes[c])) for c in ("variant", "rep"))
+    moments = [m for m in MOMENTS if m in set(probes["moment"])]
+    size = (2.2 + (0.75 * len(reps) + 0.9) * len(variants), 3.3)
+    fig, axes = plt.subplots(1, len(variants), figsize=size, sharey=True, squeeze=False)
+    for ax, variant in zip(axes[0], variants, strict=True):
+        part = probes[probes["variant"] == variant]
+        for k, moment in enumerate(moments):
+            value = part[part["moment"] == moment].set_index("rep")["value"].reindex(reps)
+            x = np.arange(len(reps)) + 0.26 * (k - (len(moments) - 1) / 2)
+            bars = ax.bar(x, value, 0.24, color=[REP_COLORS[r] for r in reps], edgecolor=INK,
+                          alpha=(0.3, 0.6, 1.0)[k], lw=0.6)  # fmt: skip
+            ax.bar_label(bars, fmt="%.2f", fontsize=6.5, rotation=90, padding=2)
+        ax.set_xticks(range(len(reps)), [rep_label(r) for r in reps])
+        ax.set_title(variant)
+        ax.margins(y=0.16)
+        ax.axhline(0, color=MUTED, lw=1)
+        ax.grid(axis="x", visible=False)
+    axes[0, 0].set_ylabel(label)
+    handles = [plt.Rectangle((0, 0), 1, 1, color=INK, alpha=(0.3, 0.6, 1.0)[k], label=moment)
+               for k, moment in enumerate(moments)]  # fmt: skip
+    fig.legend(handles=handles, loc="outside upper center", ncols=3)
+    return fig
+
+
+def cka_figure(panels: Mapping[str, tuple[Sequence[str], Sequence[Sequence[float]]]]) -> Figure:
+    """Draw how alike the representations are: one heat map of linear CKA per panel.
+
+    Args:
+        panels: title -> names and matrix.
+    """
+    columns = 2 if len(panels) == 4 else min(3, len(panels))
+    lines = -(-len(panels) // columns)
+    size = (3.3 * columns + 0.8, 3.2 * lines)
+    fig, axes = plt.subplots(lines, columns, figsize=size, squeeze=False)
+    for ax in axes.flat[len(panels) :]:
+        ax.set_visible(False)
+    for ax, (title, (names, matrix)) in zip(axes.flat, panels.items(), strict=False):
+        values = np.asarray(matrix, float)
+        image = ax.imshow(values, cmap="cividis", vmin=0, vmax=1)
+        for i, j in np.ndindex(values.shape):
+            dark = INK if values[i, j] > 0.6 else "white"
+            ax.text(j, i, f"{values[i, j]:.2f}", ha="center", va="center", fontsize=7, color=dark)
+        ticks = [rep_label(name) for name in names]
+        ax.set_xticks(range(len(names)), ticks)
+        ax.set_yticks(range(len(names)), ticks)
+        ax.set_title(title, fontsize=9.5)
+        ax.grid(visible=False)
+    fig.colorbar(image, ax=axes, label="linear CKA", shrink=0.7)
+    return fig

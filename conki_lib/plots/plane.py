@@ -1,0 +1,234 @@
+"""Pictures of what the loss does to vectors in the plane: directions, gradients, descent.
+
+Plane vectors are given by their angles: ``angles[i, k]`` in radians is the direction of
+representation k of sample i. The loss sees directions only, so pictures are free to use the radius:
+each sample has a ring of its own, the first innermost. Markers are nested by size, so that
+coinciding points stay visible.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+
+import matplotlib.pyplot as plt
+import numpy as np
+from IPython.display import HTML
+from jaxtyping import Float
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from torch import Tensor
+
+from conki_lib.pairs import REPS
+from conki_lib.plots.style import INK, MUTED, REP_COLORS, REP_MARKERS, rep_label
+
+RING = 0.15  # distance between the rings of two samples
+POINT_SIZES = {"A_t": 170, "O_t": 110, "A_v": 84, "O_v": 52, "A_a": 42, "O_a": 24}
+
+
+def rep_legend(target: Axes | Figure, reps: Sequence[str] = REPS, **where: object) -> None:
+    """Explain the markers of the representations."""
+    handles = [
+        Line2D([], [], ls="", marker=REP_MARKERS[r], color=REP_COLORS[r], label=rep_label(r))
+        for r in reps
+    ]
+    target.legend(handles=handles, **where)
+
+
+def draw_plane(
+    angles: Float[Tensor, "B K"],
+    *,
+    arrows: Float[Tensor, "B K"] | None = None,
+    reps: Sequence[str] = REPS,
+    title: str = "",
+    ax: Axes | None = None,
+) -> Figure:
+    """Draw plane vectors on one ring per sample, with arrows along the circle if given.
+
+    Args:
+        angles: directions in radians.
+        arrows: how far to turn each vector, in radians; the motion that descent asks for.
+        reps: the representations of a sample, in order.
+        title: a heading.
+        ax: where to draw; a new figure if None.
+    """
+    if ax is None:
+        _, ax = plt.subplots(figsize=(4.6, 4.9))
+    _rings(ax, len(angles))
+    radii, angles = 1 + RING * np.arange(len(angles)), angles.detach().numpy()
+    for k, name in sorted(enumerate(reps), key=lambda item: -POINT_SIZES[item[1]]):
+        x, height = radii * np.cos(angles[:, k]), radii * np.sin(angles[:, k])
+        look = {"marker": REP_MARKERS[name], "color": REP_COLORS[name], "s": POINT_SIZES[name]}
+        ax.scatter(x, height, zorder=3, edgecolor="white", linewidth=0.6, **look)
+        for i in range(len(angles) if arrows is not None else 0):
+            _turn(ax, float(radii[i]), float(angles[i, k]), float(arrows[i, k]), REP_COLORS[name])
+    ax.set_title(title)
+    return ax.get_figure(root=True)
+
+
+def _rings(ax: Axes, B: int) -> None:
+    circle = np.linspace(0, 2 * np.pi, 120)
+    for i in range(B):
+        radius = 1 + RING * i
+        ax.plot(radius * np.cos(circle), radius * np.sin(circle), color="#DDDDDD", lw=0.8, zorder=0)
+        ax.text(0, -radius, f"{i + 1}", color=MUTED, fontsize=7, ha="center", va="center")
+    ax.plot(0, 0, "+", color=MUTED, ms=7)
+    edge = 1 + RING * (B - 1) + 0.14
+    ax.set(xlim=(-edge, edge), ylim=(-edge, edge), aspect="equal")
+    ax.axis("off")
+
+
+def _turn(ax: Axes, radius: float, theta: float, by: float, color: str) -> None:
+    """An arrow along the ring from theta to theta + by."""
+    if abs(by) < 0.05:
+        return
+    arc = theta + np.linspace(0, by, 12)
+    x, height = radius * np.cos(arc), radius * np.sin(arc)
+    ax.plot(x[:-1], height[:-1], color=color, lw=2, zorder=2)
+    look = {"arrowstyle": "-|>", "color": color, "lw": 1.5, "mutation_scale": 11, "shrinkA": 0}
+    ax.annotate("", (x[-1], height[-1]), (x[-3], height[-3]), arrowprops=look, zorder=4)
+
+
+def draw_planes(
+    planes: Mapping[str, Float[Tensor, "B K"]],
+    *,
+    arrows: Mapping[str, Float[Tensor, "B K"]] | None = None,
+    reps: Sequence[str] = REPS,
+    columns: int = 5,
+) -> Figure:
+    """Draw several planes under their titles, in rows of `columns`."""
+    rows, columns = -(-len(planes) // columns), min(columns, len(planes))
+    size = 12 / max(columns, 3)
+    fig, axes = plt.subplots(rows, columns, figsize=(size * columns, (size + 0.3) * rows + 0.4))
+    axes = np.atleast_1d(axes).ravel()
+    for ax in axes[len(planes) :]:
+        ax.axis("off")
+    for ax, (title, angles) in zip(axes, planes.items(), strict=False):
+        turn = None if arrows is None else arrows[title]
+        draw_plane(angles, arrows=turn, reps=reps, title=title, ax=ax)
+    rep_legend(fig, reps, loc="outside lower center", ncol=len(reps))
+    return fig
+
+
+def draw_vectors(angles: Mapping[str, int | float], *, title: str = "") -> Figure:
+    """Draw a few named unit vectors with their angles in degrees."""
+    fig, ax = plt.subplots(figsize=(5.4, 3.6))
+    for name, degrees in angles.items():
+        x, height = np.cos(np.deg2rad(degrees)), np.sin(np.deg2rad(degrees))
+        rep = name.split("^")[0]
+        arrow = {"arrowstyle": "-|>", "color": REP_COLORS[rep], "lw": 2.4, "mutation_scale": 16}
+        ax.annotate("", (x, height), (0, 0), arrowprops=arrow)
+        ax.plot(x, height, marker=REP_MARKERS[rep], color=REP_COLORS[rep], ms=9)
+        text = f"{rep_label(name)}  at {degrees:.0f}°"
+        ax.text(1.42 * x, 1.15 * height, text, ha="center", va="center")
+    arc = np.linspace(0, np.pi, 100)
+    ax.plot(np.cos(arc), np.sin(arc), color="#DDDDDD", lw=1, zorder=0)
+    ax.set(xlim=(-1.85, 1.85), ylim=(-0.2, 1.3), aspect="equal", title=title)
+    ax.axis("off")
+    return fig
+
+
+# ---- descent ------------------------------------------------------------------------------------
+
+
+def draw_descent(
+    paths: Mapping[str, Float[Tensor, "S B K"]],
+    steps: Sequence[int],
+    *,
+    reps: Sequence[str] = REPS,
+) -> Figure:
+    """Draw stages of descent as a strip: one line of planes per title, one column per step."""
+    size = 2.75
+    fig = plt.figure(figsize=(size * len(steps), (size + 0.45) * len(paths) + 0.4))
+    rep_legend(fig, reps, loc="outside lower center", ncol=len(reps))
+    for strip, (title, path) in zip(
+        np.atleast_1d(fig.subfigures(len(paths), 1)), paths.items(), strict=True
+    ):
+        strip.suptitle(title, x=0.01, ha="left", fontsize=11, weight="bold")
+        for ax, step in zip(strip.subplots(1, len(steps)), steps, strict=True):
+            draw_plane(path[step], reps=reps, ax=ax)
+            ax.set_title(f"step {step}", loc="center", fontsize=9, weight="normal")
+    return fig
+
+
+def animate_descent(
+    paths: Mapping[str, Float[Tensor, "S B K"]], *, reps: Sequence[str] = REPS, every: int = 1
+) -> HTML:
+    """Make a small player of descent in the plane: play, pause, drag to any step.
+
+    Where scripts do not run, on GitHub for instance, a sentence points at the strip instead.
+
+    Args:
+        paths: per title, the angles after each step.
+        reps: the representations of a sample, in order.
+        every: show every so many steps.
+    """
+    data = {
+        "titles": list(paths),
+        "paths": [np.round(path[::every].numpy(), 3).tolist() for path in paths.values()],
+        "colors": [REP_COLORS[r] for r in reps],
+        "square": [REP_MARKERS[r] == "s" for r in reps],
+        "radius": [round(0.6 * POINT_SIZES[r] ** 0.5, 2) for r in reps],
+        "order": sorted(range(len(reps)), key=lambda k: -POINT_SIZES[reps[k]]),
+        "every": every,
+        "ring": RING,
+    }
+    return HTML(_PLAYER.replace("DATA", json.dumps(data, separators=(",", ":"), ensure_ascii=True)))
+
+
+_PLAYER = """
+<div><p>The animation needs scripts: open the notebook in JupyterLab and run this cell.
+The strip of still pictures beside it shows the same descent.</p></div>
+<script>
+(() => {
+  const D = DATA, host = document.currentScript.previousElementSibling, S = D.paths[0].length;
+  const B = D.paths[0][0].length, w = 330, h = 350, dpr = 2;
+  host.innerHTML = '<canvas></canvas><div style="display:flex;gap:10px;align-items:center">' +
+    '<button>pause</button><input type="range" min="0" value="0" style="width:420px">' +
+    '<span></span></div>';
+  const [canvas, button, range, step] =
+    ['canvas', 'button', 'input', 'span'].map(q => host.querySelector(q));
+  const c = canvas.getContext('2d'), width = w * D.paths.length;
+  canvas.width = width * dpr; canvas.height = h * dpr;
+  canvas.style.cssText = `width:${width}px;height:${h}px;background:white`;
+  c.scale(dpr, dpr); range.max = S - 1;
+  const unit = 130 / (1 + D.ring * (B - 1));
+  const draw = s => D.paths.forEach((path, n) => {
+    const x0 = w * n + w / 2, y0 = h / 2 + 14;
+    c.clearRect(w * n, 0, w, h);
+    c.fillStyle = '#222'; c.font = 'bold 14px sans-serif'; c.fillText(D.titles[n], w * n + 12, 18);
+    path[s].forEach((row, i) => {
+      const r = unit * (1 + D.ring * i);
+      c.strokeStyle = '#ddd'; c.beginPath(); c.arc(x0, y0, r, 0, 7); c.stroke();
+      D.order.forEach(k => {
+        const x = x0 + r * Math.cos(row[k]), y = y0 - r * Math.sin(row[k]), a = D.radius[k];
+        c.beginPath();
+        D.square[k] ? c.rect(x - a, y - a, 2 * a, 2 * a) : c.arc(x, y, a * 1.1, 0, 7);
+        c.fillStyle = D.colors[k]; c.fill(); c.strokeStyle = 'white'; c.stroke();
+      });
+    });
+  });
+  let playing = true, s = 0, wait = 0;
+  const show = () => { draw(s); range.value = s; step.textContent = 'step ' + s * D.every; };
+  button.onclick = () => { playing = !playing; button.textContent = playing ? 'pause' : 'play'; };
+  range.oninput = () => { playing = false; button.textContent = 'play'; s = +range.value; show(); };
+  const timer = setInterval(() => {
+    if (!document.body.contains(host)) return clearInterval(timer);
+    if (!playing) return;
+    if (s < S - 1) { s += 1; wait = 0; } else if (++wait > 20) { s = 0; }
+    show();
+  }, 80);
+  show();
+})();
+</script>
+"""
+
+
+def draw_gaps(gaps: Mapping[str, Float[Tensor, " S"]]) -> Figure:
+    """Draw the smallest angle between an O and an A, in degrees, over the steps of descent."""
+    fig, ax = plt.subplots(figsize=(6.6, 2.8))
+    for (title, gap), color in zip(gaps.items(), (INK, MUTED), strict=False):
+        style = {"color": color, "ls": "-" if color == INK else "--", "lw": 2.2}
+        ax.plot(gap.numpy(), label=title, **style)
+    ax.set(xlabel="step", ylabel="smallest O–A angle (°)", ylim=(-3, None))
+    ax.legend()
+    return fig

@@ -1,0 +1,137 @@
+"""One figure style: theme, colours, markers, and the one way a figure reaches the disk.
+
+Colours carry meaning everywhere. Representations: greens are pan-knowledge (O), purples are
+knowledge-specific (A); text is darkest, audio palest; circles are O, squares are A, so that
+nothing rests on colour alone. Pairs: red pulls together, blue pushes apart; strong for P1 and N1,
+which the paper frames, pale for P2 and N2. Both scales stay apart for colour-blind eyes.
+"""
+
+from io import BytesIO
+from pathlib import Path
+
+import matplotlib as mpl
+import matplotlib.pyplot as plt
+import seaborn as sns
+from IPython.display import Image as DisplayImage
+from matplotlib.figure import Figure
+from PIL import Image
+
+from conki_lib.config import ROOT
+from conki_lib.pairs import REPS
+
+REP_COLORS = {
+    "O_t": "#0B6B3A",
+    "O_v": "#41AB5D",
+    "O_a": "#A5D66F",
+    "A_t": "#5B2A86",
+    "A_v": "#9A6BBF",
+    "A_a": "#D3B5E5",
+}
+REP_MARKERS = {name: "o" if name.startswith("O") else "s" for name in REPS}
+FAMILY_COLORS = {"O": "#41AB5D", "A": "#9A6BBF"}
+FAMILY_MARKERS = {"O": "o", "A": "s"}
+FAMILY_NAMES = {"O": "pan-knowledge", "A": "knowledge-specific"}
+PAIR_COLORS = {"P1": "#C1272D", "P2": "#F4A582", "N1": "#2166AC", "N2": "#A6CEE3"}
+PAIR_NAMES = {
+    "P1": "same sample, same kind: together",
+    "P2": "other sample, same class: together",
+    "N1": "O against A: apart",
+    "N2": "other sample, other class: apart",
+}
+INK = "#222222"
+MUTED = "#8A8A8A"
+DPI = 110
+
+_RC = {
+    "figure.dpi": DPI,
+    "savefig.dpi": DPI,
+    "figure.constrained_layout.use": True,
+    "font.family": "DejaVu Sans",
+    "axes.titlesize": 11,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.labelsize": 10,
+    "axes.edgecolor": MUTED,
+    "axes.labelcolor": INK,
+    "text.color": INK,
+    "xtick.labelsize": 9,
+    "ytick.labelsize": 9,
+    "legend.fontsize": 9,
+    "legend.frameon": False,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "grid.color": "#E6E6E6",
+    "svg.hashsalt": "conki",
+    "svg.fonttype": "path",
+}
+
+
+def use_style() -> None:
+    """Set the project's theme for all figures drawn after this call."""
+    sns.set_theme(context="notebook", style="whitegrid", palette=list(REP_COLORS.values()), rc=_RC)
+
+
+def rep_label(name: str) -> str:
+    """Write a representation or row name as mathematics: ``"O_t^1"`` becomes :math:`O_t^1`."""
+    return f"${name}$"
+
+
+def figures_dir(profile: str) -> Path:
+    """The folder of a profile's final figures, ``figures/<profile>/``."""
+    return ROOT / "figures" / profile
+
+
+def figure_producer(path: Path) -> str | None:
+    """Read which notebook wrote a PNG figure; None if it does not say."""
+    with Image.open(path) as image:
+        return image.info.get("Source")
+
+
+def compact(fig: Figure, *, dpi: int = 80, colors: int = 64) -> DisplayImage:
+    """Show a figure in few bytes, for notebooks with many figures; its file stays as it is saved.
+
+    Args:
+        fig: the finished figure; it is closed, so that the notebook does not show it twice.
+        dpi: resolution.
+        colors: of the palette.
+    """
+    full, small = BytesIO(), BytesIO()
+    fig.savefig(full, dpi=dpi, metadata={"Software": None})
+    plt.close(fig)
+    with Image.open(full) as image:
+        image.convert("RGB").quantize(colors).save(small, "PNG", optimize=True)
+    return DisplayImage(small.getvalue())
+
+
+def save_figure(
+    fig: Figure, name: str, profile: str, *, producer: str, folder: Path | None = None
+) -> Path:
+    """Write a figure as PNG and SVG; drawn again from the same data, the files are the same bytes.
+
+    Args:
+        fig: the finished figure.
+        name: file name without ending, e.g. ``"02_matrix"``.
+        profile: names the folder ``figures/<profile>/``.
+        producer: stem of the one notebook that writes this figure; kept in the files' metadata.
+        folder: another folder, for tests.
+
+    Returns:
+        The PNG's path.
+
+    Raises:
+        ValueError: the name has an ending, or another notebook already writes this figure.
+    """
+    if Path(name).name != name or Path(name).suffix:
+        raise ValueError(f"figure name {name!r}: give a bare file name without ending")
+    folder = folder or figures_dir(profile)
+    target = folder / f"{name}.png"
+    if target.exists() and figure_producer(target) not in (None, producer):
+        raise ValueError(
+            f"{target.name} of profile {profile!r} is written by {figure_producer(target)!r}: "
+            f"{producer!r} must choose another name, or delete the old file"
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    with mpl.rc_context({"svg.hashsalt": "conki"}):
+        fig.savefig(target, metadata={"Software": None, "Source": producer})
+        fig.savefig(target.with_suffix(".svg"), metadata={"Date": None, "Source": producer})
+    return target

@@ -1,0 +1,418 @@
+"""Tables ready to paste (CSV, Markdown, LaTeX) and the pictures that show every run behind them."""
+
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.colors import TwoSlopeNorm
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+from conki_lib.config import ROOT
+from conki_lib.plots.style import INK, MUTED, figure_producer
+from conki_lib.records import write_text
+from conki_lib.statistics import SMALLER_IS_BETTER
+
+METRIC_NAMES = {
+    "mae": "MAE", "corr": "Corr", "acc7": "Acc-7 (%)", "acc5": "Acc-5 (%)", "acc3": "Acc-3 (%)",
+    "acc2": "Acc-2 (%)", "f1": "F1 (%)", "acc2_has0": "Acc-2 has0 (%)", "f1_has0": "F1 has0 (%)",
+    "acc2_non0": "Acc-2 non0 (%)", "f1_non0": "F1 non0 (%)",
+}  # fmt: skip
+GROUP_COLORS = {
+    "components": "#0B6B3A", "parts of C4": "#C1272D", "modalities": "#2166AC",
+    "controls": "#8A6D00", "readings": "#5B2A86", "sweeps": "#5B6770",
+}  # fmt: skip
+GROUP_MARKERS = {"components": "o", "parts of C4": "s", "modalities": "^", "controls": "D",
+                 "readings": "v", "sweeps": "P"}  # fmt: skip
+BETTER, WORSE, OPEN = "#2166AC", "#C1272D", "#8A8A8A"
+
+# ---- tables -------------------------------------------------------------------------------------
+
+
+def is_share(metric: str) -> bool:
+    """Is a metric shown in percent?"""
+    return metric.startswith(("acc", "f1"))
+
+
+def show(metric: str, mean: float, sd: float = np.nan) -> str:
+    """Write one cell: ``85.9 ± 0.4`` (percent) or ``0.741 ± 0.006``; empty where undefined."""
+    if not np.isfinite(mean):
+        return ""
+    scale, digits = (100, 1) if is_share(metric) else (1, 3)
+    spread = f" ± {sd * scale:.{digits}f}" if np.isfinite(sd) else ""
+    return f"{mean * scale:.{digits}f}{spread}"
+
+
+def main_table(
+    summary: pd.DataFrame,
+    coverage: pd.DataFrame,
+    metrics: Sequence[str],
+    published: pd.DataFrame | None = None,
+) -> pd.DataFrame:
+    """The main table as text: every row of ours, those without a run too, then published ones.
+
+    Args:
+        summary: from `conki_lib.statistics.summarise`.
+        coverage: rows in order, with the reason where a row has no run.
+        metrics: columns of the table.
+        published: from `conki_lib.statistics.published`.
+
+    Returns:
+        Columns row, n, the metrics under their printed names, note.
+    """
+    lines = []
+    for row in coverage.itertuples():
+        line: dict[str, object] = {"row": row.variant, "n": row.n or ""}
+        note = row.reason
+        if row.n:
+            found = summary.loc[row.variant]
+            line |= {METRIC_NAMES[m]: show(m, found[m], found[f"{m}_sd"]) for m in metrics}
+            older = int(found.get("older", 0))
+            note = f"{older} of {row.n} by older code" if older else ""
+        lines.append(line | {"note": note})
+    lines.append({"row": "ConKI (paper)", "note": "the paper's figures: no source to check here"})
+    for model, row in (published if published is not None else pd.DataFrame()).iterrows():
+        note = f"published average of 5 seeds, MMSA, {row['alignment']} features"
+        line = {"row": f"{model} (MMSA)", "n": 5, "note": note}
+        lines.append(line | {METRIC_NAMES[m]: show(m, row[m]) for m in metrics if m in row})
+    columns = ["row", "n", *(METRIC_NAMES[m] for m in metrics), "note"]
+    return pd.DataFrame(lines).reindex(columns=columns).astype(object).fillna("")
+
+
+def difference_table(differences: pd.DataFrame, metrics: Sequence[str]) -> pd.DataFrame:
+    """Paired differences as text: ``+0.012 [-0.003, +0.027]``, with p of the MAE, corrected.
+
+    Args:
+        differences: from `conki_lib.statistics.paired_differences`.
+        metrics: columns of the table.
+    """
+    lines = []
+    for name, part in differences.groupby("variant", sort=False):
+        part = part.set_index("metric")
+        line = {"row": name, "seeds": int(part["seeds"].iloc[0])}
+        for m in metrics:
+            k, digits = (100, 1) if is_share(m) else (1, 3)
+            d, low, high = (part.loc[m, c] * k for c in ("difference", "low", "high"))
+            shown = f"{d:+.{digits}f} [{low:+.{digits}f}, {high:+.{digits}f}]"
+            line[METRIC_NAMES[m]] = shown if np.isfinite(d) else ""
+        p = {"p (MAE)": part.loc["mae", "p"], "p Holm": part.loc["mae", "p_holm"]}
+        lines.append(line | {k: f"{v:.3f}" if np.isfinite(v) else "" for k, v in p.items()})
+    return pd.DataFrame(lines)
+
+
+_LATEX = {"&": r"\&", "%": r"\%", "_": r"\_", "#": r"\#", "±": r"$\pm$"}
+
+
+def latex(table: pd.DataFrame, caption: str = "", label: str = "") -> str:
+    """Write a table of text as LaTeX with booktabs rules, ready to paste."""
+
+    def line(values: Iterable[object]) -> str:
+        cells = ["".join(_LATEX.get(c, c) for c in str(v)) for v in values]
+        cells = [re.sub(r"(?<![\w.])-(?=\d)", "$-$", cell) for cell in cells]
+        return " & ".join(cells) + r" \\"
+
+    body = [line(row) for row in table.itertuples(index=False)]
+    head = [r"\begin{table}", r"\centering", rf"\caption{{{line([caption])[:-3]}}}"]
+    head += [rf"\label{{{label}}}"] if label else []
+    head += [rf"\begin{{tabular}}{{l{'r' * (table.shape[1] - 1)}}}", r"\toprule"]
+    rules = [line(table.columns), r"\midrule", *body, r"\bottomrule"]
+    return "\n".join([*head, *rules, r"\end{tabular}", r"\end{table}", ""])
+
+
+def write_tables(
+    table: pd.DataFrame, name: str, folder: Path, *, caption: str = ""
+) -> dict[str, Path]:
+    """Write one table as CSV, Markdown and LaTeX, each in one step.
+
+    Args:
+        table: cells of text or numbers, index not written.
+        name: file name without ending.
+        folder: such as ``results/<profile>/tables``.
+        caption: what the table shows: corpus, seeds, n.
+
+    Returns:
+        Ending -> path.
+    """
+    markdown = table.to_markdown(index=False, disable_numparse=True)
+    texts = {
+        "csv": table.to_csv(index=False),
+        "md": f"{caption}\n\n{markdown}\n" if caption else f"{markdown}\n",
+        "tex": latex(table, caption, f"tab:{folder.parent.name}-{name}"),
+    }
+    return {ending: write_text(folder / f"{name}.{ending}", text) for ending, text in texts.items()}
+
+
+# ---- figures ------------------------------------------------------------------------------------
+
+
+def footnote(fig: Figure, text: str) -> Figure:
+    """Write corpus, seeds and n under a figure, so that they travel with its file."""
+    fig.supxlabel(text, fontsize=8, color=MUTED, x=0.01, ha="left")
+    return fig
+
+
+def runs_figure(runs: pd.DataFrame, metrics: Sequence[str], base: str = "full") -> Figure:
+    """Draw every run as a point, the mean of a row as a bar; the line is the mean of `base`.
+
+    Args:
+        runs: one line per run: variant, group, seed and the metrics; in the tables' order.
+        metrics: one panel each.
+        base: the row that others are compared with.
+    """
+    rows = list(dict.fromkeys(runs["variant"]))
+    fig, axes = plt.subplots(
+        1, len(metrics), figsize=(2.4 * len(metrics) + 1.7, 1.7 + 0.27 * len(rows)), sharey=True,
+        squeeze=False,
+    )  # fmt: skip
+    for ax, metric in zip(axes[0], metrics, strict=True):
+        scale = 100 if is_share(metric) else 1
+        for y, row in enumerate(rows):
+            part = runs[runs["variant"] == row]
+            values, group = part[metric].to_numpy() * scale, part["group"].iloc[0]
+            spread = np.linspace(-0.22, 0.22, len(values)) if len(values) > 1 else [0.0]
+            ax.scatter(values, y + np.asarray(spread), s=26, color=GROUP_COLORS[group], alpha=0.8,
+                       marker=GROUP_MARKERS[group], lw=0, zorder=4)  # fmt: skip
+            ax.vlines(values.mean(), y - 0.36, y + 0.36, color=INK, lw=1.6, zorder=3)
+        if base in rows:
+            mean = runs.loc[runs["variant"] == base, metric].mean() * scale
+            ax.axvline(mean, color=MUTED, ls="--", lw=1, zorder=1)
+        ax.set(title=METRIC_NAMES[metric], xlabel=_direction(metric))
+        ax.set_ylim(len(rows) - 0.5, -0.5)
+        ax.xaxis.set_major_locator(MaxNLocator(4))
+    counts = runs["variant"].value_counts()
+    axes[0, 0].set_yticks(range(len(rows)), [f"{row}  (n = {counts[row]})" for row in rows])
+    _group_legend(fig, list(dict.fromkeys(runs["group"])), base)
+    return fig
+
+
+def _direction(metric: str) -> str:
+    return "smaller is better" if metric in SMALLER_IS_BETTER else "larger is better"
+
+
+def _group_legend(fig: Figure, groups: Sequence[str], base: str) -> None:
+    look = dict(linestyle="none", ms=6)
+    handles = [Line2D([], [], marker=GROUP_MARKERS[g], color=GROUP_COLORS[g], label=g, **look)
+               for g in groups]  # fmt: skip
+    handles += [Line2D([], [], color=INK, marker="|", ms=11, mew=2, ls="none", label="mean"),
+                Line2D([], [], color=MUTED, ls="--", label=f"mean of {base}")]  # fmt: skip
+    fig.legend(handles=handles, loc="outside upper center", ncols=4)
+
+
+def difference_figure(
+    differences: pd.DataFrame, metrics: Sequence[str], base: str = "full", xlabel: str = ""
+) -> Figure:
+    """Draw paired differences with their intervals, one panel per metric.
+
+    Blue circles: better than the base row; red squares: worse; hollow grey: the interval holds 0.
+
+    Args:
+        differences: from `conki_lib.statistics.paired_differences`.
+        metrics: one panel each.
+        base: what the rows are compared with.
+        xlabel: what is subtracted from what, if it is not a row minus the base.
+    """
+    rows = list(dict.fromkeys(differences["variant"]))
+    fig, axes = plt.subplots(
+        1, len(metrics), figsize=(2.4 * len(metrics) + 1.7, 1.7 + 0.27 * len(rows)), sharey=True,
+        squeeze=False,
+    )  # fmt: skip
+    for ax, metric in zip(axes[0], metrics, strict=True):
+        part = differences[differences["metric"] == metric].set_index("variant").loc[rows]
+        for y, row in enumerate(part.itertuples()):
+            _draw_difference(ax, y, row, metric)
+        ax.axvline(0, color=INK, lw=1)
+        unit = ", points" if is_share(metric) else ""
+        title = METRIC_NAMES[metric].replace(" (%)", "")
+        ax.set(title=title, xlabel=(xlabel or f"row minus {base}") + unit)
+        ax.xaxis.set_major_locator(MaxNLocator(4))
+        ax.set_ylim(len(rows) - 0.5, -0.5)
+    counts = differences.drop_duplicates("variant").set_index("variant")["seeds"]
+    axes[0, 0].set_yticks(range(len(rows)), [f"{row}  (n = {int(counts[row])})" for row in rows])
+    looks = [
+        (f"better than {base}", "o", BETTER, BETTER),
+        (f"worse than {base}", "s", WORSE, WORSE),
+        ("interval holds 0", "o", OPEN, "white"),
+    ]
+    handles = [Line2D([], [], marker=marker, color=color, mfc=fill, label=label, lw=2)
+               for label, marker, color, fill in looks]  # fmt: skip
+    fig.legend(handles=handles, loc="outside upper center", ncols=3)
+    return fig
+
+
+def _draw_difference(ax: Axes, y: int, row, metric: str) -> None:
+    scale = 100 if is_share(metric) else 1
+    sure = row.low > 0 or row.high < 0
+    better = (row.difference < 0) == (metric in SMALLER_IS_BETTER)
+    color = (BETTER if better else WORSE) if sure else OPEN
+    marker = "s" if sure and not better else "o"
+    ax.hlines(y, row.low * scale, row.high * scale, color=color, lw=2)
+    ax.plot(row.difference * scale, y, marker, ms=7, color=color, mfc=color if sure else "white")
+
+
+def change_heatmap(changes: pd.DataFrame, title: str = "", xlabel: str = "") -> Figure:
+    """Draw where rows err more (red) or less (blue) than `full`; a star marks two standard errors.
+
+    Args:
+        changes: from `conki_lib.reasons.error_changes`.
+        title: of the figure.
+        xlabel: what the groups are.
+    """
+    rows, groups = (list(dict.fromkeys(changes[c])) for c in ("variant", "group"))
+    value = changes.pivot(index="variant", columns="group", values="change").loc[rows, groups]
+    se = changes.pivot(index="variant", columns="group", values="se").loc[rows, groups]
+    limit = max(float(np.nanmax(np.abs(value.to_numpy()))), 1e-6)
+    fig, ax = plt.subplots(figsize=(2.6 + 0.92 * len(groups), max(2.4, 1.5 + 0.34 * len(rows))))
+    image = ax.imshow(value, cmap="RdBu_r", norm=TwoSlopeNorm(0, -limit, limit), aspect="auto")
+    for i, j in np.ndindex(value.shape):
+        x = value.iloc[i, j]
+        if np.isfinite(x):
+            star = "*" if abs(x) > 2 * se.iloc[i, j] else ""
+            text = f"{x:+.2f}{star}" if abs(x) >= 0.005 else "0"
+            dark = "white" if abs(x) > 0.6 * limit else INK
+            ax.text(j, i, text, ha="center", va="center", fontsize=8, color=dark)
+    n = changes.drop_duplicates("group").set_index("group")["n"]
+    ax.set_xticks(range(len(groups)), [f"{g}\nn = {n[g]}" for g in groups])
+    ax.set_yticks(range(len(rows)), rows)
+    ax.set(title=title, xlabel=xlabel)
+    ax.grid(visible=False)
+    fig.colorbar(image, ax=ax, label="change of |error|", pad=0.02)
+    return fig
+
+
+def conflict_figure(gradients: pd.DataFrame) -> Figure:
+    """Draw cosine and size of the contrastive gradient against the task's, a point per batch.
+
+    Args:
+        gradients: from `conki_lib.reasons.gradient_conflict`, with a column moment (at most two).
+    """
+    groups, moments = (list(dict.fromkeys(gradients[c])) for c in ("group", "moment"))
+    fig, axes = plt.subplots(1, 2, figsize=(9.4, 1.7 + 0.5 * len(groups)), sharey=True)
+    for k, moment in enumerate(moments):
+        part = gradients[gradients["moment"] == moment]
+        color, marker = ("#2166AC", "o") if k == 0 else ("#D9730D", "s")
+        y = part["group"].map(groups.index) + 0.2 * (2 * k - 1)
+        for ax, column in zip(axes, ("cosine", "ratio"), strict=True):
+            ax.plot(part[column], y, marker, color=color, alpha=0.55, ms=5, mew=0, label=moment)
+            mean = part.groupby("group")[column].mean()
+            at = [groups.index(g) + 0.2 * (2 * k - 1) for g in mean.index]
+            ax.plot(mean, at, "|", color=INK, ms=15, mew=2)
+    axes[0].axvline(0, color=INK, lw=1)
+    axes[0].set(
+        title="direction",
+        xlim=(-1, 1),
+        xlabel=r"cosine of $\nabla L_{\mathrm{task}}$ and $\nabla L_{\mathrm{con}}$",
+    )
+    axes[1].set(
+        title="size",
+        xscale="log",
+        xlabel=r"$\lambda|\nabla L_{\mathrm{con}}|\,/\,|\nabla L_{\mathrm{task}}|$",
+    )
+    for axis in (axes[1].xaxis.set_major_formatter, axes[1].xaxis.set_minor_formatter):
+        axis(FuncFormatter(lambda x, _: f"{x:g}" if f"{x:e}"[0] in "125" else ""))
+    axes[1].tick_params(axis="x", which="both", length=0, pad=4, labelsize=9)
+    axes[0].set_yticks(range(len(groups)), groups)
+    axes[0].set_ylim(len(groups) - 0.5, -0.5)
+    fig.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=2)
+    return fig
+
+
+def sweep_figure(runs: pd.DataFrame, setting: str, metrics: Sequence[str]) -> Figure:
+    """Draw metrics over the values of lambda or tau, a point per run, the means joined.
+
+    Args:
+        runs: one line per run with a column of the setting's value.
+        setting: ``"lam"`` or ``"tau"``.
+        metrics: one panel each.
+    """
+    name = {"lam": r"$\lambda$", "tau": r"$\tau$"}[setting]
+    fig, axes = plt.subplots(1, len(metrics), figsize=(3.6 * len(metrics), 3.0), squeeze=False)
+    for ax, metric in zip(axes[0], metrics, strict=True):
+        scale = 100 if is_share(metric) else 1
+        ax.plot(runs[setting], runs[metric] * scale, "o", color=GROUP_COLORS["sweeps"], alpha=0.6)
+        mean = runs.groupby(setting)[metric].mean() * scale
+        ax.plot(mean.index, mean, color=INK, marker="_", ms=14, lw=1.2)
+        positive = runs.loc[runs[setting] > 0, setting]
+        ax.set_xscale("symlog", linthresh=float(positive.min()))
+        ax.set_xticks(list(mean.index), [f"{x:g}" for x in mean.index], fontsize=8)
+        ax.minorticks_off()
+        ax.set(title=METRIC_NAMES[metric], xlabel=f"{name} ({_direction(metric)})")
+    return fig
+
+
+def _spread_labels(ax: Axes, x: pd.Series, y: pd.Series) -> None:
+    """Write names to the right of each cluster of points, from the lowest up, none over another."""
+    wide, step = x.max() - x.min(), 0.045 * (y.max() - y.min())
+    taken: list[tuple[float, float]] = []
+    for model in y.sort_values().index:
+        right = float(x[(x - x[model]).abs() < 0.08 * wide].max()) + 0.03 * wide
+        near = [height for at, height in taken if abs(at - right) < 0.25 * wide]
+        height = max([float(y[model]), *(h + step for h in near)])
+        taken.append((right, height))
+        place = (right, height)
+        ax.annotate(model, (x[model], y[model]), place, fontsize=8, va="center",
+                    arrowprops={"arrowstyle": "-", "color": MUTED, "lw": 0.6})  # fmt: skip
+    ax.margins(x=0.2)
+
+
+# ---- the list of figures ------------------------------------------------------------------------
+
+_NO_RUN = ("01_features", "02_contrastive_pairs")
+
+
+def figure_index(
+    root: Path = ROOT, producer: Callable[[Path], str | None] = figure_producer
+) -> str:
+    """The text of ``figures/README.md``: file <- notebook <- run records.
+
+    Args:
+        root: of the project; the figures are read, so that the list cannot be wrong.
+        producer: tells the notebook that wrote a figure.
+    """
+    lines = [
+        "# Figures",
+        "",
+        "Generated: each figure's file names the notebook that wrote it. Each is a PNG and an SVG.",
+        "",
+        "| figure | notebook | run records |",
+        "|---|---|---|",
+    ]
+    for path in sorted((root / "figures").glob("*/*.png")):
+        notebook, profile = producer(path) or "unknown", path.parent.name
+        records = f"[results/{profile}/records.jsonl](../results/{profile}/records.jsonl)"
+        runs = "none: corpora and formulas only" if notebook in _NO_RUN else records
+        name = f"[{profile}/{path.stem}]({profile}/{path.name})"
+        lines.append(f"| {name} | [{notebook}](../notebooks/{notebook}.ipynb) | {runs} |")
+    return "\n".join(lines) + "\n"
+
+
+def published_figure(
+    ours: Mapping[str, tuple[Sequence[float], Sequence[float]]],
+    published: pd.DataFrame,
+    metrics: tuple[str, str],
+) -> Figure:
+    """Draw every run of ours and published averages in the plane of two metrics.
+
+    Args:
+        ours: row -> its runs' values of both metrics.
+        published: from `conki_lib.statistics.published`.
+        metrics: across, up.
+    """
+    fig, ax = plt.subplots(figsize=(6.6, 4.2))
+    scale = [100 if is_share(m) else 1 for m in metrics]
+    for k, (row, values) in enumerate(ours.items()):
+        x, y = (np.asarray(v) * s for v, s in zip(values, scale, strict=True))
+        color, marker = list(GROUP_COLORS.values())[k % 6], list(GROUP_MARKERS.values())[k % 6]
+        ax.scatter(x, y, s=34, color=color, marker=marker, alpha=0.75, lw=0, zorder=3,
+                   label=f"{row} (ours, n = {len(x)})")  # fmt: skip
+    x, y = (published[m] * s for m, s in zip(metrics, scale, strict=True))
+    ax.scatter(x, y, s=30, facecolor="white", edgecolor=INK, label="published average (MMSA)")
+    _spread_labels(ax, x, y)
+    ax.set(xlabel=f"{METRIC_NAMES[metrics[0]]}, {_direction(metrics[0])}",
+           ylabel=f"{METRIC_NAMES[metrics[1]]}, {_direction(metrics[1])}")  # fmt: skip
+    fig.legend(loc="outside upper center", ncols=2)
+    return fig

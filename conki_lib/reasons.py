@@ -1,0 +1,224 @@
+"""Why a component helps or does not: where errors change, gradient conflict, distant corpora."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import islice
+
+import numpy as np
+import pandas as pd
+import torch
+from jaxtyping import Float, Int
+from sklearn.linear_model import LogisticRegression
+from sklearn.model_selection import cross_val_predict
+from torch import Tensor, nn
+
+from conki_lib import training
+from conki_lib.config import MODALITIES, ContrastConfig
+from conki_lib.data import Batch
+from conki_lib.data.store import FeatureStore
+from conki_lib.embedding import MOMENTS, models_along
+from conki_lib.losses import contrastive_loss, task_loss
+from conki_lib.model import freeze_for_fine_tuning, parameter_groups
+from conki_lib.probes import bag_of_words, ridge_predict
+from conki_lib.records import Record
+from conki_lib.statistics import crossed_test, pair_up
+
+# ---- which utterances ---------------------------------------------------------------------------
+
+
+def error_changes(
+    predictions: pd.DataFrame,
+    groups: Mapping[str, Iterable[str]],
+    *,
+    base: str = "full",
+) -> pd.DataFrame:
+    """Change of the mean absolute error against a base row, by group of utterances.
+
+    Args:
+        predictions: of one split; columns variant, seed, id, y, y_hat.
+        groups: name -> ids of its utterances.
+        base: the row that others are compared with.
+
+    Returns:
+        One line per row and group: variant, group, n, seeds, change (positive: the row errs more
+        than the base), se (over seeds and utterances).
+    """
+    lines = []
+    for name in dict.fromkeys(predictions["variant"]):
+        pair = pair_up(predictions, name, base) if name != base else None
+        if pair is None:
+            continue
+        change = np.abs(pair.row - pair.y) - np.abs(pair.base - pair.y)
+        for group, ids in groups.items():
+            inside = np.isin(pair.ids, list(ids))
+            if inside.sum() > 1:
+                test = crossed_test(change[:, inside])
+                lines.append({"variant": name, "group": group, "n": int(inside.sum()),
+                              "seeds": len(pair.seeds), "change": test["mean"],
+                              "se": test["se"]})  # fmt: skip
+    return pd.DataFrame(lines)
+
+
+# ---- which gradients ----------------------------------------------------------------------------
+
+
+def gradient_conflict(
+    model: nn.Module, batches: Iterable[Batch], contrast: ContrastConfig
+) -> pd.DataFrame:
+    """Compare the gradients of both losses at the parameters that both reach.
+
+    Formula: cos(grad L_task, grad L_con), and |lambda grad L_con| / |grad L_task|, over all
+        parameters of a group together. A cosine below 0 is a conflict: a small step down one loss
+        goes up the other. Heads see L_task only and are left out.
+
+    Args:
+        model: ConKI with the freezing plan of stage 2; dropout is off here.
+        batches: of the training split.
+        contrast: lambda, tau and the readings of L_con.
+
+    Returns:
+        One line per batch and group: batch, group ("text backbone", "vision adapter", ...), cosine,
+        ratio.
+    """
+    was_training = model.training
+    model.eval()
+    groups = _shared_parameters(model)
+    names = [(name, p) for part in groups.values() for name, p in part]
+    lines = []
+    for k, batch in enumerate(batches):
+        output = model(batch)
+        task = task_loss(output.y_hat, batch.y)
+        con = contrastive_loss(output.reps, batch.y, output.names, tau=contrast.tau,
+                               form=contrast.form, n1=contrast.n1,
+                               without=contrast.without)  # fmt: skip
+        both = [
+            dict(zip((n for n, _ in names), _gradients(loss, [p for _, p in names]), strict=True))
+            for loss in (task, con)
+        ]
+        for group, part in groups.items():
+            lines.append({"batch": k, "group": group}
+                         | _compare(*both, [n for n, _ in part], contrast.lam))  # fmt: skip
+    model.train(was_training)
+    return pd.DataFrame(lines)
+
+
+def conflict_along(record: Record, *, batches: int = 4) -> pd.DataFrame:
+    """Measure `gradient_conflict` of a run at the start of stage 2 and at its chosen epoch.
+
+    Args:
+        record: a run whose weights are on this machine; without those of stage 1 its start is left
+            out, if it had a stage 1.
+        batches: of the training split, the first ones.
+
+    Returns:
+        The columns of `gradient_conflict`, and moment.
+    """
+    config, stores = training.resolve(record.config)
+    loader = training.make_loaders(
+        config, stores[config.data.target], config.stage2, splits=("train",)
+    )["train"]
+    chosen, external = list(islice(loader, batches)), config.data.external
+    injected = training.shared_modalities(config, stores[external]) if external else ()
+    start = MOMENTS[1] if external else MOMENTS[0]
+    parts = []
+    for moment, model in models_along(record):
+        if moment in (start, MOMENTS[2]):
+            freeze_for_fine_tuning(
+                model, injected=injected, freeze_adapters=config.stage2.freeze_adapters
+            )
+            words = "start of stage 2" if moment == start else "chosen epoch"
+            measured = gradient_conflict(model, chosen, config.contrast)
+            parts.append(measured.assign(moment=words))
+    return pd.concat(parts, ignore_index=True)
+
+
+def _gradients(loss: Tensor, parameters: list[nn.Parameter]) -> list[Tensor]:
+    found = torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True)
+    return [torch.zeros_like(p) if g is None else g for g, p in zip(found, parameters, strict=True)]
+
+
+def _shared_parameters(model: nn.Module) -> dict[str, list[tuple[str, nn.Parameter]]]:
+    """Trained parameters below the representations, by modality and part."""
+    words = {"t": "text", "v": "vision", "a": "audio"}
+    found: dict[str, list] = {}
+    for part, parameters in parameter_groups(model).items():
+        if part == "heads":
+            continue
+        for name, p in parameters:
+            if p.requires_grad:
+                kind = "adapter" if part == "adapters" else "backbone"
+                found.setdefault(f"{words[name.split('.')[1]]} {kind}", []).append((name, p))
+    return found
+
+
+def _compare(task: dict, con: dict, names: list[str], lam: float) -> dict[str, float]:
+    a, b = (torch.cat([grads[n].flatten() for n in names]).double() for grads in (task, con))
+    norm_a, norm_b = float(a.norm()), float(b.norm())
+    cosine = float(a @ b) / (norm_a * norm_b) if norm_a and norm_b else float("nan")
+    return {"cosine": cosine, "ratio": lam * norm_b / norm_a if norm_a else float("nan")}
+
+
+# ---- which external corpus ----------------------------------------------------------------------
+
+
+def external_distance(
+    target: FeatureStore, external: FeatureStore, modalities: Sequence[str] = MODALITIES
+) -> pd.DataFrame:
+    """How far away is the external corpus? Labels for every corpus, words where both have text.
+
+    Words: the share of the target's test words that external training texts hold; how well words
+    tell the corpora apart (1 is a corpus of its own, 0.5 chance); and what a ridge on words learns
+    for the target's test split from either corpus, as a correlation. Frames of different feature
+    sets cannot be compared.
+
+    Args:
+        target: corpus of stage 2.
+        external: corpus of stage 1.
+        modalities: those that the model reads; without text, words do not matter.
+
+    Returns:
+        Columns measure, value, meaning.
+    """
+    y, z = target["train"].y, external["train"].y
+    lines = [
+        ("label mean, target", y.mean(), "of the training split"),
+        ("label mean, external", z.mean(), "of the training split"),
+        ("label deviation, target", y.std(), "of the training split"),
+        ("label deviation, external", z.std(), "of the training split"),
+    ]
+    if all("t" in have for have in (modalities, target.info.modalities, external.info.modalities)):
+        lines += _word_distance(target, external)
+    return pd.DataFrame(lines, columns=["measure", "value", "meaning"])
+
+
+def _word_distance(target: FeatureStore, external: FeatureStore) -> list[tuple[str, float, str]]:
+    test, own, other = target["test"], target["train"], external["train"]
+    texts = {name: list(view.columns["text"]) for name, view in
+             (("test", test), ("own", own), ("other", other))}  # fmt: skip
+    known = {w for text in texts["other"] for w in text.lower().split()}
+    said = [w for text in texts["test"] for w in text.lower().split()]
+    lines = [("words known", float(np.mean([w in known for w in said])),
+              "share of the target's test words that external training texts hold")]  # fmt: skip
+    for name, label, view in (("own", "target", own), ("other", "external", other)):
+        x, x_test = bag_of_words(texts[name], texts["test"], language=target.info.language)
+        y_hat = ridge_predict(x, view.y, x_test, standardise=False)
+        meaning = "correlation on the target's test split of a ridge on these words"
+        lines.append((f"words of {label}", _corr(y_hat, test.y), meaning))
+    n = min(len(texts["own"]), len(texts["other"]))
+    rng = np.random.default_rng(0)
+    both = [texts[k][i] for k in ("own", "other") for i in rng.permutation(len(texts[k]))[:n]]
+    x, _ = bag_of_words(both, both[:1], language=target.info.language)
+    which = np.repeat([0, 1], n)
+    guess = cross_val_predict(LogisticRegression(max_iter=200), x, which, cv=3)
+    lines.append(("corpora told apart", float((guess == which).mean()),
+                  "accuracy of a linear classifier of words, 0.5 is chance"))  # fmt: skip
+    return lines
+
+
+def _corr(a: Float[np.ndarray, " N"], b: Float[np.ndarray, " N"]) -> float:
+    return float(np.corrcoef(a, b)[0, 1])
+
+
+def class_groups(ids: Iterable[str], classes: Int[np.ndarray, " N"]) -> dict[str, list[str]]:
+    """Ids of the utterances of each sentiment class, under the class's signed number."""
+    ids = np.asarray(list(ids))
+    return {f"{c:+d}" if c else "0": ids[classes == c].tolist() for c in np.unique(classes)}

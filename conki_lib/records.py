@@ -1,0 +1,346 @@
+"""Run directories, provenance and the committed record of every run.
+
+A run is identified by its settings, the fingerprints of its data and a hash of the code that
+determines results. While it works it lives in ``runs/<profile>/<stage or variant>-s<seed>-<key>/``;
+a finished one holds ``record.json``, written last. `merge` collects finished runs into
+``results/<profile>/``, which is committed.
+"""
+
+import ast
+import hashlib
+import json
+import math
+import os
+import platform
+import re
+import resource
+import subprocess
+import sys
+import uuid
+from dataclasses import asdict, dataclass, field
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from filelock import FileLock
+
+from conki_lib.config import ROOT, RunConfig
+
+RESULT_MODULES = (
+    "config", "pairs", "losses", "tiles", "metrics", "encoders", "adapters", "model", "baselines",
+    "states", "fitting", "training", "data/store", "data/batch",
+)  # fmt: skip
+# how a store was made is covered by the fingerprint of the data
+PREDICTION_COLUMNS = ["fold", "variant", "seed", "split", "id", "y", "y_hat"]
+
+
+@dataclass(frozen=True)
+class Record:
+    """What one finished run left; equal runs are equal, `provenance` and `folder` aside."""
+
+    stage: int
+    profile: str
+    variant: str
+    fold: str
+    seed: int
+    key: str
+    config_key: str
+    settings: dict[str, Any]
+    data: dict[str, str]
+    code: str
+    metrics: dict[str, dict[str, float]]
+    best_epoch: int
+    history: list[dict]
+    provenance: dict[str, Any] = field(default_factory=dict, compare=False)
+    folder: Path | None = field(default=None, compare=False)
+
+    @property
+    def config(self) -> RunConfig:
+        """The run's configuration, checked against today's settings."""
+        return RunConfig(**self.settings)
+
+    @property
+    def is_current(self) -> bool:
+        """Was the run made by the code as it stands now?"""
+        return self.code == code_hash()
+
+    @property
+    def model_path(self) -> Path | None:
+        """The trained weights, where they are on this machine (they are never committed)."""
+        path = self.folder / "model.safetensors" if self.folder else None
+        return path if path and path.is_file() else None
+
+    def to_json(self) -> str:
+        """One line; not-a-number becomes null."""
+        values = asdict(self) | {"folder": None}
+        return json.dumps(_plain(values), sort_keys=True)
+
+    @classmethod
+    def from_json(cls, line: str, folder: Path | None = None) -> "Record":
+        """Read `to_json`'s line back."""
+        values = json.loads(line) | {"folder": folder}
+        for split, metrics in values["metrics"].items():
+            values["metrics"][split] = {k: math.nan if v is None else v for k, v in metrics.items()}
+        return cls(**values)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: _plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(v) for v in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+# ---- where things are ---------------------------------------------------------------------------
+
+
+def runs_dir(profile: str) -> Path:
+    """Working directory of a profile's runs: ``$CONKI_RUNS`` (default ``runs/``) / profile."""
+    return Path(os.environ.get("CONKI_RUNS", ROOT / "runs")) / profile
+
+
+def results_dir(profile: str) -> Path:
+    """Committed records, predictions and figure data of a profile."""
+    return ROOT / "results" / profile
+
+
+def slug(variant: str) -> str:
+    """A variant's name on disk: ``"w/o N1"`` becomes ``"wo-N1"``."""
+    return re.sub(r"[^\w.=+]+", "-", variant.replace("w/o", "wo")).strip("-")
+
+
+# ---- identity -----------------------------------------------------------------------------------
+
+
+class _Essence(ast.NodeTransformer):
+    """Drop docstrings and the descriptions of settings."""
+
+    def generic_visit(self, node: ast.AST) -> ast.AST:
+        super().generic_visit(node)
+        if isinstance(getattr(node, "body", None), list):
+            node.body = [s for s in node.body if not _is_string(s)] or [ast.Pass()]
+        if isinstance(node, ast.Call):
+            node.keywords = [k for k in node.keywords if k.arg != "description"]
+        return node
+
+
+def _is_string(statement: ast.stmt) -> bool:
+    value = getattr(statement, "value", None)
+    return isinstance(statement, ast.Expr) and isinstance(value, ast.Constant)
+
+
+@cache
+def code_hash() -> str:
+    """Hash of the code that determines results; docstrings, comments and descriptions aside."""
+    package, digest = Path(__file__).parent, hashlib.sha256()
+    for path in (package / f"{module}.py" for module in RESULT_MODULES):
+        if path.is_file():
+            tree = _Essence().visit(ast.parse(path.read_text()))
+            digest.update(f"{path.stem}\n{ast.unparse(tree)}\n".encode())
+    return digest.hexdigest()[:12]
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def config_key(config: RunConfig, stage: int) -> str:
+    """Hash of the settings that determine a stage's result; input widths follow from the data."""
+    identity = config.identity(stage)
+    identity["model"] = {k: v for k, v in identity["model"].items() if k != "widths"}
+    return _digest({"stage": stage, **identity})
+
+
+def run_key(config: RunConfig, stage: int, data: dict[str, str]) -> str:
+    """Hash of settings, data fingerprints and code: equal keys, equal results."""
+    return _digest([config_key(config, stage), data, code_hash()])
+
+
+def run_folder(config: RunConfig, stage: int, data: dict[str, str]) -> Path:
+    """The folder of one run; it need not exist."""
+    name = "stage1" if stage == 1 else slug(config.variant)
+    key = run_key(config, stage, data)
+    found = sorted(runs_dir(config.profile).glob(f"*-{key}"))
+    return found[0] if found else runs_dir(config.profile) / f"{name}-s{config.runtime.seed}-{key}"
+
+
+def run_lock(folder: Path) -> FileLock:
+    """One process at a time works in a run's folder; others wait, then load what it made."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    return FileLock(folder.with_suffix(".lock"))
+
+
+# ---- reading and writing ------------------------------------------------------------------------
+
+
+def write_text(path: Path, text: str) -> Path:
+    """Write aside, then rename: a reader sees the old file or the whole new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
+    try:
+        aside.write_text(text)
+        aside.replace(path)
+    finally:
+        aside.unlink(missing_ok=True)
+    return path
+
+
+def write_table(path: Path, table: pd.DataFrame) -> Path:
+    """Write a parquet file aside, then rename it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
+    try:
+        table.to_parquet(aside, index=False)
+        aside.replace(path)
+    finally:
+        aside.unlink(missing_ok=True)
+    return path
+
+
+def load_run(folder: Path) -> Record | None:
+    """The record of a finished run's folder, or None."""
+    path = folder / "record.json"
+    return Record.from_json(path.read_text(), folder) if path.is_file() else None
+
+
+def local_records(profile: str) -> list[Record]:
+    """Finished runs in the working directory, with their weights."""
+    found = [load_run(path.parent) for path in sorted(runs_dir(profile).glob("*/record.json"))]
+    return [record for record in found if record]
+
+
+def committed_records(profile: str, *, tuning: bool = False) -> list[Record]:
+    """The records of ``results/<profile>/``, whatever code made them."""
+    path = results_dir(profile) / ("tuning.jsonl" if tuning else "records.jsonl")
+    return (
+        [Record.from_json(line) for line in path.read_text().splitlines()] if path.is_file() else []
+    )
+
+
+def load_records(profile: str) -> list[Record]:
+    """Local and committed records, one per configuration: today's code first, then the newest."""
+    return _best([*committed_records(profile), *local_records(profile)])
+
+
+def find_record(config: RunConfig, stage: int = 2) -> Record | None:
+    """The record that answers a configuration, of any code version; `Record.is_current` tells."""
+    wanted = config_key(config, stage)
+    matching = (r for r in load_records(config.profile) if r.config_key == wanted)
+    return next(matching, None)
+
+
+def _best(records: list[Record]) -> list[Record]:
+    def rank(r: Record) -> tuple:
+        return r.is_current, r.folder is not None, r.provenance.get("finished", "")
+
+    best: dict[str, Record] = {}
+    for record in records:
+        held = best.get(record.config_key)
+        if held is None or rank(record) >= rank(held):
+            best[record.config_key] = record
+    return sorted(best.values(), key=lambda r: (r.stage, r.variant, r.fold, r.seed, r.config_key))
+
+
+def merge(profile: str) -> Path:
+    """Collect finished local runs into ``results/<profile>/``; nothing committed is lost.
+
+    Tuning runs go to ``tuning.jsonl`` and never to the predictions.
+
+    Returns:
+        The path of ``records.jsonl``.
+    """
+    target = results_dir(profile)
+    with FileLock(runs_dir(profile) / "merge.lock") if runs_dir(profile).is_dir() else _nothing():
+        local = local_records(profile)
+        tuning = [r for r in local if r.settings["tuning"]]
+        final = [r for r in local if not r.settings["tuning"]]
+        if tuning:
+            kept = _best([*committed_records(profile, tuning=True), *tuning])
+            write_text(target / "tuning.jsonl", "".join(r.to_json() + "\n" for r in kept))
+        kept = _best([*committed_records(profile), *final])
+        path = write_text(target / "records.jsonl", "".join(r.to_json() + "\n" for r in kept))
+        _merge_predictions(profile, [r for r in kept if r.stage == 2])
+    return path
+
+
+class _nothing:
+    def __enter__(self) -> None:
+        """No run yet: nothing to lock."""
+
+    def __exit__(self, *_: object) -> None:
+        """Nothing to unlock."""
+
+
+def _merge_predictions(profile: str, kept: list[Record]) -> None:
+    path = results_dir(profile) / "predictions.parquet"
+    old = pd.read_parquet(path) if path.is_file() else None
+    parts = []
+    for record in kept:
+        fresh = record.folder / "predictions.parquet" if record.folder else None
+        if fresh and fresh.is_file():
+            parts.append(pd.read_parquet(fresh).assign(key=record.key))
+        elif old is not None:
+            parts.append(old[old["key"] == record.key])
+    if parts:
+        write_table(path, pd.concat(parts, ignore_index=True)[["key", *PREDICTION_COLUMNS]])
+
+
+def predictions(profile: str) -> pd.DataFrame:
+    """All predictions of a profile: key, fold, variant, seed, split, id, y, y_hat."""
+    path = results_dir(profile) / "predictions.parquet"
+    committed = pd.read_parquet(path) if path.is_file() else None
+    frames = [] if committed is None else [committed]
+    for record in local_records(profile):
+        if record.stage == 2 and not record.settings["tuning"]:
+            if committed is None or record.key not in set(committed["key"]):
+                table = pd.read_parquet(record.folder / "predictions.parquet")
+                frames.append(table.assign(key=record.key))
+    if not frames:
+        raise FileNotFoundError(
+            f"no predictions for {profile!r}: run `make reproduce PROFILE={profile}`"
+        )
+    return pd.concat(frames, ignore_index=True)[["key", *PREDICTION_COLUMNS]]
+
+
+# ---- provenance ---------------------------------------------------------------------------------
+
+
+@cache
+def _git() -> dict[str, Any]:
+    def ask(*args: str) -> str:
+        command = ["git", "-C", str(ROOT), *args]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        return done.stdout.strip()
+
+    try:
+        return {
+            "commit": ask("rev-parse", "HEAD") or None,
+            "dirty": bool(ask("status", "--porcelain")),
+        }
+    except OSError:
+        return {"commit": None, "dirty": None}
+
+
+@cache
+def _versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for name in ("torch", "transformers", "accelerate", "numpy", "safetensors"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "absent"
+    return found
+
+
+def provenance() -> dict[str, Any]:
+    """What may differ between equal runs: versions, machine, memory (MB), git."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (
+        1024 if sys.platform != "darwin" else 2**20
+    )
+    return {"versions": _versions(), "git": _git(), "peak_memory_mb": round(peak),
+            "platform": f"{platform.system()} {platform.machine()}"}  # fmt: skip

@@ -1,0 +1,321 @@
+"""From runs to evidence: means over seeds, paired differences, intervals, corrected tests.
+
+Two things vary by chance: which utterances stand in the test split, and which seed a run had. Both
+are crossed here, since every seed predicts every utterance. Intervals come from drawing both with
+replacement; the test of the paired difference has a variance component for each.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pandas as pd
+from jaxtyping import Float
+from scipy import stats
+
+from conki_lib.config import ROOT
+from conki_lib.metrics import MOSI_METRICS, SIMS_METRICS, mosi_metrics, sims_metrics
+
+METRICS = {"mosi": MOSI_METRICS, "sims": SIMS_METRICS}
+SMALLER_IS_BETTER = ("mae",)
+KEYS = ["fold", "variant", "seed", "split"]
+_SIMS_EDGES = {"acc5": (-0.7, -0.1, 0.1, 0.7), "acc3": (-0.1, 0.1), "acc2": (0.0,)}
+PUBLISHED = {"mosi": "mosi", "mosi-open": "mosi", "mosei": "mosei", "sims": "sims"}
+
+
+def metric_set(label_range: Sequence[float]) -> str:
+    """The convention that a corpus's labels ask for: ``"sims"`` in [-1, 1], else ``"mosi"``."""
+    return "sims" if tuple(label_range) == (-1.0, 1.0) else "mosi"
+
+
+def recompute(predictions: pd.DataFrame, *, metrics: str = "mosi") -> pd.DataFrame:
+    """Score every run and split of a table of predictions anew.
+
+    Args:
+        predictions: columns key, fold, variant, seed, split, y, y_hat (as in
+            ``predictions.parquet``).
+        metrics: ``"mosi"`` or ``"sims"``.
+
+    Returns:
+        One line per run and split: key, fold, variant, seed, split, then the metrics.
+    """
+    score = sims_metrics if metrics == "sims" else mosi_metrics
+    lines = [
+        {**dict(zip(["key", *KEYS], place, strict=True)), **score(y_hat=part["y_hat"], y=part["y"])}
+        for place, part in predictions.groupby(["key", *KEYS], sort=False)
+    ]
+    return pd.DataFrame(lines)
+
+
+def summarise(runs: pd.DataFrame, metrics: Sequence[str]) -> pd.DataFrame:
+    """Mean, standard deviation over seeds and number of runs of every row.
+
+    Args:
+        runs: one line per run with columns variant, seed and the metrics.
+        metrics: names of the columns to be summarised.
+
+    Returns:
+        Index variant; columns n, older (runs of older code), ``<metric>`` and ``<metric>_sd`` (nan
+        for one run).
+    """
+    groups = runs.groupby("variant", sort=False)
+    table = pd.DataFrame({"n": groups.size()})
+    if "code" in runs:
+        table["older"] = groups["code"].agg(lambda code: int((code == "older").sum()))
+    for name in metrics:
+        table[name], table[f"{name}_sd"] = groups[name].mean(), groups[name].std(ddof=1)
+    return table
+
+
+# ---- metrics under weights ----------------------------------------------------------------------
+
+
+def weighted_scores(
+    y_hat: Float[np.ndarray, "S N"],
+    y: Float[np.ndarray, " N"],
+    weights: Float[np.ndarray, "D N"],
+    *,
+    metrics: str = "mosi",
+) -> dict[str, Float[np.ndarray, "D S"]]:
+    """Score S runs under D weightings of the utterances at once; equal weights give the metrics.
+
+    Args:
+        y_hat: predictions of each run.
+        y: truth.
+        weights: how often each utterance counts.
+        metrics: ``"mosi"`` or ``"sims"``.
+
+    Returns:
+        Metric -> one value per weighting and run; undefined ones are nan.
+    """
+    p, t = y_hat.astype(np.float32), y.astype(np.float32)
+    if metrics == "sims":
+        p, t = p.clip(-1, 1), t.clip(-1, 1)
+    scores = {"mae": weights @ np.abs(p.astype(float) - t).T / weights.sum(1, keepdims=True)}
+    scores["corr"] = _weighted_corr(p.astype(float), t.astype(float), weights)
+    said, true = _classes(p, metrics), _classes(t, metrics)
+    for name in said:
+        w = weights * (t != 0) if name == "acc2_non0" else weights
+        with np.errstate(invalid="ignore", divide="ignore"):
+            scores[name] = w @ (said[name] == true[name]).T.astype(float) / w.sum(1, keepdims=True)
+            if name.startswith("acc2"):
+                f1 = name.replace("acc2", "f1")
+                scores[f1] = _weighted_f1(said[name], true[name], w)
+    return {name: scores[name] for name in METRICS[metrics]}
+
+
+def _classes(values: np.ndarray, metrics: str) -> dict[str, np.ndarray]:
+    """The class of each value under each accuracy of a convention; see `conki_lib.metrics`."""
+    if metrics == "sims":
+        edges = {name: np.array(cuts, np.float32) for name, cuts in _SIMS_EDGES.items()}
+        return {name: np.digitize(values, cuts, right=True) for name, cuts in edges.items()}
+    found = {f"acc{2 * k + 1}": np.rint(values.clip(-k, k)) for k in (3, 2)}
+    return found | {"acc2_has0": values >= 0, "acc2_non0": values > 0}
+
+
+def _weighted_corr(p: np.ndarray, t: np.ndarray, w: np.ndarray) -> np.ndarray:
+    w = w / w.sum(1, keepdims=True)
+    p = p - p.mean(1, keepdims=True)
+    t = t - t.mean()
+    mean_p, mean_t = w @ p.T, (w @ t)[:, None]
+    cov = w @ (p * t).T - mean_p * mean_t
+    var_p, var_t = w @ (p * p).T - mean_p**2, (w @ (t * t))[:, None] - mean_t**2
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return np.where((var_p > 1e-18) & (var_t > 1e-18), cov / np.sqrt(var_p * var_t), np.nan)
+
+
+def _weighted_f1(said: np.ndarray, true: np.ndarray, w: np.ndarray) -> np.ndarray:
+    total = np.zeros((len(w), len(said)))
+    for c in (False, True):
+        hit = w @ ((said == c) & (true == c)).T.astype(float)
+        says, has = w @ (said == c).T.astype(float), (w @ (true == c))[:, None]
+        total += has * np.divide(2 * hit, says + has, out=np.zeros_like(hit), where=says + has > 0)
+    return total / w.sum(1, keepdims=True)
+
+
+# ---- paired differences -------------------------------------------------------------------------
+
+
+class Pair(NamedTuple):
+    """Two rows' predictions of the same utterances by the same seeds."""
+
+    seeds: list[int]
+    ids: list[str]
+    y: Float[np.ndarray, " N"]
+    row: Float[np.ndarray, "S N"]
+    base: Float[np.ndarray, "S N"]
+
+
+def pair_up(predictions: pd.DataFrame, row: str, base: str = "full") -> Pair | None:
+    """Line two rows up by seed and utterance; None where they share no seed.
+
+    Args:
+        predictions: columns variant, seed, id, y, y_hat of one split; one line per run and
+            utterance.
+        row: the row that is compared.
+        base: the row that it is compared with.
+    """
+    tables = [
+        predictions[predictions["variant"] == name].pivot(index="seed", columns="id",
+                                                          values="y_hat")
+        for name in (row, base)
+    ]  # fmt: skip
+    seeds = [seed for seed in tables[0].index if seed in tables[1].index]
+    if not seeds:
+        return None
+    y = predictions.drop_duplicates("id").set_index("id")["y"]
+    ids = [i for i in y.index if all(i in table.columns for table in tables)]
+    values = [table.loc[seeds, ids].to_numpy(np.float32) for table in tables]
+    return Pair([int(s) for s in seeds], ids, y[ids].to_numpy(np.float32), *values)
+
+
+def paired_differences(
+    predictions: pd.DataFrame,
+    *,
+    base: str = "full",
+    metrics: str = "mosi",
+    clusters: Mapping[str, str] | None = None,
+    draws: int = 2000,
+    seed: int = 0,
+) -> pd.DataFrame:
+    """Difference of every row to a base row, with intervals and a test, over the seeds they share.
+
+    The interval is the middle 95 % over drawing utterances and seeds with replacement, the same
+    draws for both rows. With few seeds such an interval is somewhat too narrow in the seeds' part;
+    with one seed it knows nothing of seeds, and no p value is given. The test is `crossed_test` on
+    absolute errors; Holm's correction is over the rows of this call.
+
+    Args:
+        predictions: of one split, see `pair_up`.
+        base: the row that all others are compared with.
+        metrics: ``"mosi"`` or ``"sims"``.
+        clusters: id -> video; whole videos are drawn in place of single utterances.
+        draws: bootstrap samples.
+        seed: of the bootstrap.
+
+    Returns:
+        One line per row and metric: variant, metric, seeds, utterances, difference, low, high; for
+        the MAE also p and p_holm.
+    """
+    lines = []
+    for name in dict.fromkeys(predictions["variant"]):
+        pair = pair_up(predictions, name, base) if name != base else None
+        if pair is not None:
+            lines += _differences(pair, name, metrics, clusters, draws, seed)
+    table = pd.DataFrame(lines)
+    if len(table):
+        tested = table["metric"] == "mae"
+        table.loc[tested, "p_holm"] = holm(table.loc[tested, "p"].to_numpy())
+    return table
+
+
+def _differences(pair: Pair, name: str, metrics: str, clusters, draws: int, seed: int) -> list:
+    S, N = pair.row.shape
+    rng = np.random.default_rng(seed)
+    weights = np.vstack([np.ones(N), _draw_utterances(rng, pair.ids, clusters, draws)])
+    seeds = np.vstack([np.ones(S), rng.multinomial(S, np.full(S, 1 / S), draws)]) / S
+    row, base = (
+        weighted_scores(x, pair.y, weights, metrics=metrics) for x in (pair.row, pair.base)
+    )
+    errors = np.abs(pair.row - pair.y) - np.abs(pair.base - pair.y)
+    p = crossed_test(errors)["p"] if S > 1 else math.nan
+    lines = []
+    for metric in METRICS[metrics]:
+        values = ((row[metric] - base[metric]) * seeds).sum(1)
+        low, high = (
+            np.nanquantile(values[1:], [0.025, 0.975])
+            if np.isfinite(values[1:]).any()
+            else (np.nan,) * 2
+        )
+        line = {"variant": name, "metric": metric, "seeds": S, "utterances": N,
+                "difference": values[0], "low": low, "high": high}  # fmt: skip
+        lines.append(line | ({"p": p} if metric == "mae" else {}))
+    return lines
+
+
+def _draw_utterances(
+    rng: np.random.Generator, ids: list[str], clusters: Mapping[str, str] | None, draws: int
+) -> Float[np.ndarray, "D N"]:
+    names = [clusters[i] for i in ids] if clusters else ids
+    units, place = np.unique(names, return_inverse=True)
+    counts = rng.multinomial(len(units), np.full(len(units), 1 / len(units)), draws)
+    return counts[:, place].astype(float)
+
+
+def crossed_test(differences: Float[np.ndarray, "S N"]) -> dict[str, float]:
+    """Test whether a mean paired difference is 0 when both seeds and utterances are chance.
+
+    Formula: the difference of seed s and utterance u is a mean, an effect of s, one of u and a
+        rest; SE^2 = V_s/S + V_u/N + V_r/(S N), with the components from the two-way analysis of
+        variance (negative ones set to 0) and Satterthwaite's degrees of freedom.
+
+    Args:
+        differences: one value per seed and utterance, such as |error| of a row minus |error| of
+            `full`.
+
+    Returns:
+        mean, se, df, p (two-sided). One seed: a paired t test over utterances alone.
+
+    Source: crossed random factors, Westfall, Kenny and Judd 2014.
+    """
+    D = np.asarray(differences, float)
+    S, N = D.shape
+    mean, by_seed, by_utterance = D.mean(), D.mean(1), D.mean(0)
+    utterances = S * by_utterance.var(ddof=1) if N > 1 else 0.0
+    if S == 1:
+        squares, free = [utterances], [N - 1]
+    else:
+        seeds = N * by_seed.var(ddof=1)
+        rest = D - by_seed[:, None] - by_utterance + mean
+        rest = (rest**2).sum() / ((S - 1) * max(N - 1, 1))
+        squares = [max(seeds, rest), max(utterances, rest), -rest]
+        free = [S - 1, max(N - 1, 1), (S - 1) * max(N - 1, 1)]
+    total = sum(squares)
+    se = math.sqrt(max(total, 0.0) / (S * N))
+    if se == 0 or not free[0]:
+        return {"mean": float(mean), "se": se, "df": math.nan, "p": 1.0 if mean == 0 else math.nan}
+    df = total**2 / sum(square**2 / k for square, k in zip(squares, free, strict=True))
+    p = 2 * stats.t.sf(abs(mean) / se, df)
+    return {"mean": float(mean), "se": se, "df": float(df), "p": float(p)}
+
+
+def holm(p: Sequence[float] | Float[np.ndarray, " R"]) -> Float[np.ndarray, " R"]:
+    """Correct p values for their number: step-down, family-wise; nan stays nan and is not counted.
+
+    Formula: sorted upwards, p_(k) becomes the largest of (m - j + 1) p_(j), j <= k, at most 1.
+    """
+    p = np.asarray(p, float)
+    order = np.argsort(p)[: np.isfinite(p).sum()]  # nan sorts last
+    m = len(order)
+    steps = np.maximum.accumulate(p[order] * (m - np.arange(m)))
+    corrected = np.full(len(p), np.nan)
+    corrected[order] = np.minimum(steps, 1.0)
+    return corrected
+
+
+# ---- what others published ----------------------------------------------------------------------
+
+
+def published(corpus: str, folder: Path | None = None) -> pd.DataFrame:
+    """Five-seed averages that MMSA published for earlier models on a corpus, as fractions.
+
+    The ConKI paper's own figures could not be checked against a source and are not in here.
+
+    Args:
+        corpus: a profile's target, such as ``"mosi-open"``.
+        folder: of the copied tables; ``results/reported/`` where None.
+
+    Returns:
+        Index model; columns alignment and the metrics; empty where nothing is known of the corpus.
+    """
+    name = PUBLISHED.get(corpus)
+    if name is None:
+        return pd.DataFrame()
+    file = "reported_results_sims.csv" if name == "sims" else "reported_results.csv"
+    table = pd.read_csv((folder or ROOT / "results/reported") / file)
+    table = table[table["dataset"] == name].drop(columns="dataset").set_index("model")
+    shares = [c for c in table if c.startswith(("acc", "f1"))]
+    table[shares] = table[shares] / 100
+    return table

@@ -1,0 +1,179 @@
+"""Rows as data; which records stand behind a table; reasons: errors, gradients, corpora."""
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from conki_lib import ablation, records
+from conki_lib.config import ContrastConfig, RunConfig
+from conki_lib.losses import contrastive_loss, task_loss
+from conki_lib.model import build_model, freeze_for_fine_tuning
+from conki_lib.reasons import class_groups, error_changes, external_distance, gradient_conflict
+from conki_lib.records import Record
+
+# ---- rows ---------------------------------------------------------------------------------------
+
+
+def test_rows_change_what_they_say():
+    configure = ablation.configure
+    assert configure("synthetic", "w/o C1").data.external is None
+    assert not configure("synthetic", "w/o C2").model.specific
+    assert configure("synthetic", "w/o C3").model.text_init == "random"
+    assert not configure("synthetic", "w/o C3 pan").model.pan
+    assert configure("synthetic", "w/o C4").contrast.lam == 0
+    assert configure("synthetic", "w/o P2").contrast.without == ("P2",)
+    assert configure("synthetic", "va", 3).model.modalities == ("v", "a")
+    assert configure("synthetic", "tau=0.2").contrast.tau == 0.2
+    assert configure("synthetic", "TFN + external").stage1.train == "all"
+    base = RunConfig.from_profile("synthetic")
+    paper = configure("synthetic", "form=paper")
+    assert paper.contrast.lam == base.contrast.lam / base.stage2.batch_size
+    assert configure("synthetic", "full").identity(2) == base.identity(2)
+
+
+def test_every_row_is_another_run():
+    base = RunConfig.from_profile("synthetic")
+    rows = [name for name in ablation.VARIANTS if ablation.why_not(base, name) is None]
+    keys = {records.config_key(ablation.configure("synthetic", name), 2) for name in rows}
+    assert len(keys) == len(rows) == len(ablation.VARIANTS)
+
+
+def test_unknown_and_impossible_rows_say_why():
+    with pytest.raises(ValueError, match="did you mean 'w/o N1'"):
+        ablation.variant("wo N1")
+    with pytest.raises(ValueError, match="has no t"):
+        ablation.configure("mmmo-open", "text-only")
+
+
+def test_sweeps_are_sorted_by_value_after_the_rows():
+    order = ablation.row_order(["tau=0.2", "lam=0.1", "w/o C4", "lam=0.02", "full", "full"])
+    assert order == ["full", "w/o C4", "lam=0.02", "lam=0.1", "tau=0.2"]
+
+
+# ---- which records count ------------------------------------------------------------------------
+
+
+def record(row="full", seed=0, *, code=None, finished="1", mae=1.0, **changes) -> Record:
+    config = ablation.configure("synthetic", row, seed).replace(**changes)
+    return Record(
+        stage=2, profile="synthetic", variant=row, fold="standard", seed=seed,
+        key=f"{row}-{seed}-{finished}", config_key=records.config_key(config, 2),
+        settings=config.flat(), data={}, code=code or records.code_hash(),
+        metrics={"test": {"mae": mae}}, best_epoch=2, history=[],
+        provenance={"finished": finished, "seconds": 3.0},
+    )  # fmt: skip
+
+
+@pytest.fixture
+def held(monkeypatch):
+    """Let the profile hold these records."""
+
+    def hold(*found):
+        monkeypatch.setattr(ablation, "load_records", lambda profile: list(found))
+
+    return hold
+
+
+def test_runs_of_take_rows_as_configured_today(held):
+    held(
+        record("w/o C4", 1), record("full", 1), record("full", 0),
+        record("full", 2, lam=0.5), record("full", 3, tuning=True), record("lam=0.1", 0),
+    )  # fmt: skip
+    found = [(r.variant, r.seed) for r in ablation.runs_of("synthetic")]
+    assert found == [("full", 0), ("full", 1), ("w/o C4", 1), ("lam=0.1", 0)]
+
+
+def test_precision_and_widths_make_no_other_row(held):
+    held(record("full", 0, precision="bf16", widths={"synthetic": {"v": 12}}))
+    assert len(ablation.runs_of("synthetic")) == 1
+
+
+def test_of_two_runs_todays_code_wins_then_the_newest(held):
+    held(record(finished="3", code="old"), record(finished="1"), record(finished="2"))
+    assert [r.key for r in ablation.runs_of("synthetic")] == ["full-0-2"]
+
+
+def test_older_code_is_accepted_and_labelled(held):
+    held(record(code="old", mae=0.5))
+    table = ablation.run_table(ablation.runs_of("synthetic"))
+    assert table.loc[0, ["code", "mae", "group"]].tolist() == ["older", 0.5, "components"]
+
+
+def test_rows_that_are_no_more_are_left_out(held):
+    gone = record()
+    held(Record(**{**gone.__dict__, "settings": {**gone.settings, "gone": 1}}))
+    assert ablation.runs_of("synthetic") == []
+
+
+def test_coverage_names_every_row_and_the_reason(held):
+    runs = ablation.run_table([record(), record(seed=1)])
+    table = ablation.coverage("mmmo-open", runs).set_index("variant")
+    assert list(table.index[:2]) == ["full", "w/o C1"] and table.loc["full", "n"] == 2
+    assert table.loc["w/o C1", "reason"] == "not run" and table.loc["t", "reason"].endswith("no t")
+    assert table.loc["va", "reason"] == "the same as full here"
+    assert len(ablation.coverage("synthetic", pd.DataFrame())) == len(ablation.VARIANTS)
+
+
+def test_run_or_load_takes_a_current_record_and_trains_else(monkeypatch):
+    config, trained, new = ablation.configure("synthetic"), [], record(finished="new")
+    monkeypatch.setattr(ablation, "fine_tune", lambda c: trained.append(c) or new)
+    for found, expected in ((record(), "full-0-1"), (record(code="old"), None), (None, None)):
+        monkeypatch.setattr(ablation, "find_record", lambda c, found=found: found)
+        got = ablation.run_or_load(config)
+        assert got.key == (expected or "full-0-new")
+    monkeypatch.setattr(ablation, "find_record", lambda c: record())
+    assert ablation.run_or_load(config, weights=True) is new and len(trained) == 3
+
+
+# ---- reasons ------------------------------------------------------------------------------------
+
+
+def test_error_changes_by_hand():
+    lines = [("full", s, f"u{i}", 0.0, 1.0) for s in (0, 1) for i in range(4)]
+    lines += [("w/o N1", s, f"u{i}", 0.0, 1.5 if i < 2 else 0.5) for s in (0, 1) for i in range(4)]
+    table = pd.DataFrame(lines, columns=["variant", "seed", "id", "y", "y_hat"])
+    found = error_changes(table, {"first": ["u0", "u1"], "last": ["u2", "u3"], "one": ["u0"]})
+    assert found["group"].tolist() == ["first", "last"]
+    assert found["change"].tolist() == [0.5, -0.5] and (found["seeds"] == 2).all()
+
+
+def test_class_groups():
+    groups = class_groups(["a", "b", "c"], np.array([-1, 0, -1]))
+    assert groups == {"-1": ["a", "c"], "0": ["b"]}
+
+
+def test_gradient_conflict_equals_a_loop(tiny_config, toy_batch):
+    torch.manual_seed(0)
+    model = build_model(tiny_config())
+    freeze_for_fine_tuning(model, injected=("t",), freeze_adapters=True)
+    contrast, batch = ContrastConfig(lam=0.5), toy_batch(6)
+    found = gradient_conflict(model, [batch], contrast).set_index("group")
+    assert set(found.index) == {"text backbone", "vision backbone", "audio backbone",
+                                "vision adapter", "audio adapter"}  # fmt: skip
+    model.eval()
+    flat = []
+    for term in (0, 1):
+        model.zero_grad()
+        output = model(batch)
+        con = contrastive_loss(output.reps, batch.y, output.names)
+        (con if term else task_loss(output.y_hat, batch.y)).backward()
+        part = [p for n, p in model.named_parameters() if n.startswith("encoders.v")]
+        flat.append(torch.cat([torch.zeros_like(p).flatten() if p.grad is None else p.grad.flatten()
+                               for p in part]))  # fmt: skip
+    cosine = torch.nn.functional.cosine_similarity(*flat, dim=0).item()
+    assert np.isclose(found.loc["vision backbone", "cosine"], cosine, atol=1e-4)
+    ratio = (0.5 * flat[1].norm() / flat[0].norm()).item()
+    assert np.isclose(found.loc["vision backbone", "ratio"], ratio, rtol=1e-3)
+
+
+def test_external_distance_of_a_corpus_to_itself_and_without_text(make_tiny_store):
+    from conki_lib.data import open_store
+
+    store = open_store(make_tiny_store(sizes=(30, 6, 6)))
+    other = open_store(make_tiny_store("other", sizes=(30, 6, 6)))
+    found = external_distance(store, other).set_index("measure")["value"]
+    assert found["words known"] == 1 and np.isclose(found["words of target"],
+                                                    found["words of external"])  # fmt: skip
+    assert found["corpora told apart"] <= 0.6
+    assert np.isclose(found["label mean, target"], store["train"].y.mean())

@@ -1,0 +1,118 @@
+"""The audit: rows are complete, measurements are true, and the page says what was measured."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from conki_lib import ablation, audit
+from conki_lib.config import ROOT, RunConfig
+from conki_lib.losses import contrastive_loss
+from conki_lib.pairs import REPS, sentiment_class
+
+ROWS = audit.read_rows()
+SECTION_7 = [
+    "contrastive loss", "tau and lambda", "data", "feature widths", "vision and audio encoder",
+    "padded steps in means", "hidden states", "adapters", "pooling of A_t", "fusion network",
+    "stage 1", "stage 2", "model selection", "seeds",
+]  # fmt: skip
+FOUND = ["adapters attend to padding", "ordered or unordered", "heads in stage 2", "ties"]
+
+
+def test_every_known_point_is_a_row():
+    points = [row["point"] for row in ROWS]
+    for wanted in (*SECTION_7, *FOUND):
+        assert any(wanted in point for point in points), wanted
+    assert len(set(points)) == len(points)
+
+
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: row["point"])
+def test_rows_are_whole_and_name_what_exists(row):
+    assert set(row) == {"point", "paper", "released", "ours", "setting", "effect", "rows"}
+    assert all(isinstance(row[k], str) and row[k] for k in ("paper", "released", "ours", "setting"))
+    measured = {*audit.TOYS, "ties", "tokens", "selection", "seeds", "acc2"}
+    assert set(row["effect"]) <= measured
+    for name in row["rows"]:
+        ablation.variant(name)
+
+
+def test_settings_exist():
+    known = RunConfig().flat()
+    for row in ROWS:
+        for part in row["setting"].replace(";", ",").split(","):
+            name = part.split(":")[0].strip()
+            if name.isidentifier() and name not in ("none", "preset"):
+                assert name in known, (row["point"], name)
+
+
+def test_weighted_p1_is_the_papers_loss_and_a_loop():
+    reps, y = audit.toy_reps(5)
+    ordered = audit.pooled_loss(reps, y)
+    assert torch.isclose(ordered, contrastive_loss(reps, y, form="paper"))
+    half = audit.pooled_loss(reps, y, within=0.5).item()
+    z = torch.nn.functional.normalize(reps.detach().flatten(0, 1), dim=1).numpy()
+    classes, total, K = sentiment_class(y).tolist(), 0.0, len(REPS)
+    for i in range(5):
+        up = down = weights = 0.0
+        for p in range(K * i, K * i + K):
+            for q in range(len(z)):
+                j, kind = q // K, REPS[p % K][0] == REPS[q % K][0]
+                if p == q or (j == i and kind and q < p):
+                    continue  # within a sample each unordered pair of P1 counts once
+                score = z[p] @ z[q] / 0.07
+                down += np.exp(score)
+                if kind and classes[i] == classes[j]:
+                    up, weights = up + score, weights + 1
+        total += np.log(down) - up / weights
+    assert np.isclose(half, total)
+
+
+def test_the_released_form_is_a_plain_supervised_contrastive_loss():
+    reps, y = audit.toy_reps(6)
+    kind = torch.tensor([name[0] == "O" for name in REPS]).repeat(6)
+    label = 2 * sentiment_class(y).repeat_interleave(len(REPS)) + kind
+    plain = audit.supervised_contrastive(reps.flatten(0, 1), label)
+    assert torch.isclose(plain, contrastive_loss(reps, y))
+
+
+def test_padding_moves_outputs_as_released_only():
+    masked, released = (audit.padding_effect(p, 15) for p in ("masked", "released"))
+    assert max(masked.values()) < 1e-5 and min(released.values()) > 0.02
+
+
+def test_ties_by_hand():
+    found = audit.ties(np.array([0.5, 0.0, 1.0, 1.2]))  # 0.5: class 0 to even, 1 away from 0
+    assert found["labels"] == 0.25 and np.isclose(found["pairs"], 6 / 12)
+
+
+def test_toys_speak():
+    for name in ("form", "n1", "p1", "supcon", "init", "stack", "gate"):
+        text = audit.TOYS[name]()
+        assert any(c.isdigit() for c in text) and text == audit.TOYS[name]()
+
+
+def test_effects_of_records_come_from_runs_alone(monkeypatch):
+    monkeypatch.setattr(audit, "runs_of", lambda profile: [])
+    assert audit.record_effects("synthetic") == {}
+
+
+def test_the_page_shows_toys_once_and_rows_per_profile(tmp_path):
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "docs" / "audit.yml").write_text((ROOT / "docs" / "audit.yml").read_text())
+    assert "not measured" in audit.page(tmp_path)
+    for profile in ("a", "b"):
+        folder = tmp_path / "results" / profile
+        folder.mkdir(parents=True)
+        effects = {"form": "same toy", "form=paper": f"form=paper: {profile}1"}
+        (folder / "audit_effects.json").write_text(json.dumps(effects))
+    line = next(x for x in audit.page(tmp_path).splitlines() if x.startswith("| contrastive loss"))
+    assert line.count("same toy") == 1
+    assert "a: form=paper: a1<br>b: form=paper: b1" in line
+
+
+def test_the_committed_page_is_the_generated_one():
+    path = ROOT / "docs" / "AUDIT.md"
+    if not path.is_file():
+        pytest.skip("no docs/AUDIT.md yet: notebook 07 writes it")
+    assert path.read_text() == audit.page()

@@ -1,0 +1,155 @@
+"""The pipeline: what counts as finished, one at a time, and the plan that the Snakefile makes."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from conki_lib import pipeline, records
+from conki_lib.config import RunConfig
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.mark.parametrize(
+    ("text", "seeds"),
+    [("3", [0, 1, 2]), ("0,4,7", [0, 4, 7]), ("7,", [7]), ("2-4", [2, 3, 4])],
+)
+def test_seeds(text, seeds):
+    assert pipeline.parse_seeds(text) == seeds
+
+
+@pytest.mark.parametrize("text", ["many", "1.5", "0;1", "a-b"])
+def test_seeds_that_are_none(text):
+    with pytest.raises(ValueError, match="write a count"):
+        pipeline.parse_seeds(text)
+
+
+def test_rows():
+    assert pipeline.parse_rows("full, w/o C4", "synthetic") == ["full", "w/o C4"]
+    everything = pipeline.parse_rows("all", "mosi-open")
+    assert {"full", "w/o N1", "text-only"} <= set(everything) and "v" not in everything
+    with pytest.raises(ValueError, match=r"'w/o C5'.*did you mean"):
+        pipeline.parse_rows("full,w/o C5", "synthetic")
+    with pytest.raises(ValueError, match="the profile has no v"):
+        pipeline.parse_rows("v", "mosi-open")
+
+
+def test_finished_is_what_has_a_record_for_these_data_and_this_code(
+    tmp_path, monkeypatch, make_tiny_store
+):
+    monkeypatch.setenv("CONKI_DATA", str(tmp_path))
+    monkeypatch.setenv("CONKI_RUNS", str(tmp_path / "runs"))
+    config = RunConfig(target="toy", external=None, modalities="va")
+    assert not pipeline.is_finished(config, 2)  # no data yet
+    make_tiny_store("toy")
+    assert not pipeline.is_finished(config, 2)
+
+    from conki_lib.training import resolve
+
+    resolved, stores = resolve(config)
+    data = {name: store.fingerprint for name, store in stores.items()}
+    folder = records.run_folder(resolved, 2, data)
+    folder.mkdir(parents=True)
+    assert not pipeline.is_finished(config, 2)  # interrupted
+    (folder / "record.json").write_text("{}")
+    assert pipeline.is_finished(config, 2)
+    assert not pipeline.is_finished(config.replace(lam=0.5), 2)
+
+
+def test_state_follows_notebooks_library_and_records(tmp_path, monkeypatch):
+    monkeypatch.setenv("CONKI_RUNS", str(tmp_path / "runs"))
+    for module in (pipeline, records):
+        monkeypatch.setattr(module, "ROOT", tmp_path)
+    book = tmp_path / "notebooks/01_toy.ipynb"
+    book.parent.mkdir()
+    seen = [pipeline.state("p")]
+
+    def changed() -> bool:
+        seen.append(pipeline.state("p"))
+        return seen[-1] != seen[-2]
+
+    book.write_text('{"cells": [{"source": "x", "outputs": []}]}')
+    assert changed()
+    book.write_text('{"cells": [{"source": "x", "outputs": ["seen"]}]}')
+    assert not changed()  # outputs are not an origin of anything
+    (tmp_path / "results/p").mkdir(parents=True)
+    (tmp_path / "results/p/records.jsonl").write_text("{}\n")
+    assert changed()
+    (tmp_path / "conki_lib").mkdir()
+    (tmp_path / "conki_lib/plots.py").write_text("")
+    (tmp_path / "conki_lib/plots.py").write_text("x = 1")
+    assert changed()
+
+
+def test_fresh_moves_runs_aside_and_deletes_nothing(tmp_path, monkeypatch):
+    monkeypatch.setenv("CONKI_RUNS", str(tmp_path))
+    assert pipeline.set_aside("p") is None
+    (tmp_path / "p/full-s0").mkdir(parents=True)
+    (tmp_path / "p/full-s0/record.json").write_text("kept")
+    moved = pipeline.set_aside("p")
+    assert moved.parent == tmp_path / "replaced" and not (tmp_path / "p").exists()
+    assert (moved / "full-s0/record.json").read_text() == "kept"
+
+
+def test_a_second_pipeline_is_refused_and_a_killed_one_leaves_no_lock(tmp_path):
+    code = "from pathlib import Path; from conki_lib.pipeline import lock; import sys, time; "
+    code += f"lock(Path({str(tmp_path)!r})); print('locked', flush=True); time.sleep(60)"
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as first:
+        assert first.stdout.readline() == "locked\n"
+        with pytest.raises(RuntimeError, match=rf"process {first.pid}\) works in .*CONKI_RUNS"):
+            pipeline.lock(tmp_path)
+        first.send_signal(signal.SIGKILL)
+    os.close(pipeline.lock(tmp_path))
+
+
+def test_the_command_leaves_defaults_to_the_snakefile():
+    plain = pipeline.command("synthetic", cores=3)
+    assert plain[plain.index("--cores") + 1] == "3"
+    assert plain[plain.index("--config") + 1 :] == ["profile='synthetic'"]
+    more = pipeline.command("synthetic", rows="full,w/o N1", seeds="5", extra=["--dry-run"])
+    assert "--dry-run" in more
+    assert more[more.index("--config") + 1 :][1:] == ["rows='full,w/o N1'", "seeds='5'"]
+
+
+@pytest.fixture(scope="module")
+def plan(tmp_path_factory) -> str:
+    """What Snakemake would do in an empty place; one call serves several tests."""
+    place = tmp_path_factory.mktemp("plan")
+    environment = os.environ | {
+        "CONKI_RUNS": str(place / "runs"),
+        "CONKI_DATA": str(place / "data"),
+    }
+    command = pipeline.command(
+        "mosi-open", rows="full,w/o C4,w/o C1", seeds="2", extra=["--dry-run", "--nocolor"]
+    )
+    done = subprocess.run(
+        command, capture_output=True, text=True, env=environment, check=False, cwd=place
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert not any(place.rglob("*.ipynb"))
+    return done.stdout + done.stderr
+
+
+def test_the_plan_has_one_job_per_run(plan):
+    count = dict(re.findall(r"^(\w+) +(\d+)$", plan, re.M))
+    assert count["fetch"] == "2" and count["stage_1"] == "2"
+    assert count["variant"] == "6" and count["merge"] == "1"
+
+
+def test_the_plan_orders_what_depends_on_each_other(plan):
+    jobs = re.findall(r"rule variant:\n    input: (.*)\n    output: .*/(\S+)\n", plan)
+    inputs = {name: [Path(x).name for x in needs.split(", ")] for needs, name in jobs}
+    assert {"stage1-s1", "wo-C4-s1-standard"} <= set(inputs["full-s1-standard"])
+    assert "stage1-s0" in inputs["wo-C4-s0-standard"]
+    assert not any(x.startswith("stage1") for x in inputs["wo-C1-s0-standard"])
+
+
+def test_the_plan_executes_notebooks(plan):
+    assert "conki run 03_adapter_pretraining --profile mosi-open -p seed=1" in plan
+    assert "conki run 04_finetuning --profile mosi-open -p 'variant=w/o C4' -p seed=0" in plan
+    assert "conki fetch mosi-open" in plan and "conki merge mosi-open" in plan

@@ -1,0 +1,252 @@
+"""Both stages on a tiny corpus with a tiny BERT: what is trained, resumed, repeated, refused."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from conki_lib import fitting, records, states, training
+from conki_lib.config import RunConfig
+from conki_lib.data import open_store
+from conki_lib.model import build_model
+
+SMALL = dict(
+    profile="tiny", target="toy", external="far", d=16, encoder_heads=2, encoder_ff=16,
+    adapter_width=8, adapter_heads=2, adapter_ff=8, epochs=3, stage1_epochs=2, batch_size=4,
+    stage1_batch_size=4, precision="fp32", device="cpu", adapter_text_layers=(0, 1), max_steps=64,
+)  # fmt: skip
+
+
+@pytest.fixture
+def world(tmp_path, monkeypatch, make_tiny_store, make_tiny_bert) -> RunConfig:
+    """Two corpora of different widths, a backbone, and an empty place for runs."""
+    monkeypatch.setenv("CONKI_DATA", str(tmp_path))
+    monkeypatch.setenv("CONKI_RUNS", str(tmp_path / "runs"))
+    monkeypatch.setattr(records, "ROOT", tmp_path)
+    make_tiny_store("toy", sizes=(10, 4, 4), seed=1)
+    make_tiny_store("far", sizes=(12, 4, 4), widths={"v": 7, "a": 2}, seed=2)
+    return RunConfig(**SMALL, text_backbone=str(make_tiny_bert()))
+
+
+def test_both_stages_leave_complete_records(world):
+    record = training.fine_tune(world)
+    assert set(record.metrics) == {"valid", "test"}
+    assert len(record.history) == 3 and {"loss_task", "loss_con"} <= set(record.history[0])
+    assert 1 <= record.best_epoch <= 3
+    table = pd.read_parquet(record.folder / "predictions.parquet")
+    assert list(table.columns) == records.PREDICTION_COLUMNS and len(table) == 8
+    first = training.inject_knowledge(world)
+    assert first.stage == 1 and set(first.metrics) == {"valid"}
+    assert not list(record.folder.glob("*checkpoint*"))
+
+
+def test_the_same_seed_twice_gives_equal_records(world, monkeypatch, tmp_path):
+    once = training.fine_tune(world)
+    monkeypatch.setenv("CONKI_RUNS", str(tmp_path / "again"))
+    again = training.fine_tune(world)
+    assert once == again
+    assert once.folder != again.folder
+    a, b = load_file(once.model_path), load_file(again.model_path)
+    assert all(torch.equal(a[k], b[k]) for k in a)
+    assert training.fine_tune(world.replace(seed=1)).metrics != once.metrics
+
+
+def test_a_finished_run_is_loaded_not_repeated(world, monkeypatch):
+    record = training.fine_tune(world)
+    monkeypatch.setattr(training, "fit", lambda job: pytest.fail("trained again"))
+    assert training.fine_tune(world) == record
+
+
+def test_runs_that_agree_on_stage_1_share_it(world):
+    training.fine_tune(world)
+    training.fine_tune(world.replace(lam=0.0, variant="w/o C4"))
+    folders = [p.parent.name for p in records.runs_dir("tiny").glob("*/record.json")]
+    assert sum(name.startswith("stage1") for name in folders) == 1 and len(folders) == 3
+
+
+def test_stage_2_starts_from_stage_1_and_keeps_its_adapters(world):
+    first = training.inject_knowledge(world)
+    before = load_file(first.model_path)
+    after = load_file(training.fine_tune(world).model_path)
+    adapters = [k for k in before if k.startswith("adapters.")]
+    assert adapters and all(torch.equal(before[k], after[k]) for k in adapters)
+    encoders = [k for k in before if k.startswith("encoders.") and before[k].is_floating_point()]
+    assert any(not torch.equal(before[k], after[k]) for k in encoders)
+
+
+def test_stage_1_changes_adapters_and_heads_only(world):
+    config, _ = training.resolve(world)
+    torch.manual_seed(world.runtime.seed)
+    start = build_model(config.model).state_dict()
+    end = load_file(training.inject_knowledge(world).model_path)
+    changed = {k.split(".")[0] for k in start if not torch.equal(start[k], end[k])}
+    assert "adapters" in changed and "encoders" not in changed
+
+
+def test_cached_states_give_what_the_backbones_give(world, monkeypatch, tmp_path):
+    cached = training.inject_knowledge(world)
+    plain = training.inject_knowledge(world.replace(stage1_cache=False))
+    a, b = load_file(cached.model_path), load_file(plain.model_path)
+    for k in a:
+        torch.testing.assert_close(a[k], b[k], rtol=1e-3, atol=1e-5)
+    monkeypatch.setattr(states, "LARGEST", 1)
+    monkeypatch.setenv("CONKI_RUNS", str(tmp_path / "small"))
+    assert training.inject_knowledge(world).key == cached.key
+
+
+@pytest.mark.parametrize("when", [1, 4, 7])
+def test_killed_and_started_again_ends_the_same(world, tmp_path, monkeypatch, when):
+    whole = training.fine_tune(world)
+    runs = tmp_path / f"killed{when}"
+    code = (
+        "import json, os, signal, sys\n"
+        "from conki_lib import records, training, fitting\n"
+        "from conki_lib.config import RunConfig\n"
+        "records.ROOT = __import__('pathlib').Path(sys.argv[1])\n"
+        "real, count = fitting._save_weights, [0]\n"
+        "def kill(*a):\n"
+        "    count[0] += 1\n"
+        f"    os.kill(os.getpid(), signal.SIGKILL) if count[0] > {when} // 2 else real(*a)\n"
+        "fitting._save_weights = kill\n"
+        "import torch; torch.set_num_threads(1)\n"
+        "training.fine_tune(RunConfig(**json.loads(sys.argv[2])))\n"
+    )
+    import json
+
+    env = os.environ | {"CONKI_RUNS": str(runs), "CONKI_HEADLESS": "1"}
+    command = [sys.executable, "-c", code, str(tmp_path), json.dumps(world.flat())]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    monkeypatch.setenv("CONKI_RUNS", str(runs))
+    assert training.fine_tune(world) == whole
+
+
+def test_no_external_corpus_trains_the_adapters_in_stage_2(world):
+    record = training.fine_tune(world.replace(external=None, variant="w/o C1"))
+    config, _ = training.resolve(world.replace(external=None))
+    torch.manual_seed(0)
+    start, end = build_model(config.model).state_dict(), load_file(record.model_path)
+    assert any(not torch.equal(start[k], end[k]) for k in start if k.startswith("adapters."))
+    with pytest.raises(ValueError, match="external is not set"):
+        training.inject_knowledge(world.replace(external=None))
+
+
+def test_external_text_leaves_other_adapters_to_stage_2(world, make_tiny_store):
+    make_tiny_store("words", widths={}, seed=3)
+    config = world.replace(external="words")
+    assert training.inject_knowledge(config).settings["modalities"] == ["t"]
+    before = load_file(training.inject_knowledge(config).model_path)
+    after = load_file(training.fine_tune(config).model_path)
+    text = [k for k in before if k.startswith("adapters.t.")]
+    assert text and all(torch.equal(before[k], after[k]) for k in text)
+
+
+def test_controls_train_on_the_external_corpus_too(world):
+    config = world.replace(kind="late-fusion", stage1_train="all", variant="late fusion + external")
+    record = training.fine_tune(config)
+    assert "loss_con" not in record.history[0] and set(record.metrics) == {"valid", "test"}
+
+
+def test_tuning_runs_never_look_at_test(world):
+    record = training.fine_tune(world.replace(tuning=True))
+    assert set(record.metrics) == {"valid"}
+    assert set(pd.read_parquet(record.folder / "predictions.parquet")["split"]) == {"valid"}
+    records.merge("tiny")
+    assert (records.results_dir("tiny") / "tuning.jsonl").is_file()
+    assert all(r.stage == 1 for r in records.committed_records("tiny"))
+
+
+def test_the_best_epoch_is_the_one_of_lowest_validation_mae(world):
+    record = training.fine_tune(world)
+    maes = [h["valid_mae"] for h in record.history]
+    assert record.best_epoch == int(np.argmin(maes)) + 1
+    assert record.metrics["valid"]["mae"] == pytest.approx(min(maes))
+
+
+def test_patience_stops_early(world):
+    record = training.fine_tune(
+        world.replace(epochs=20, patience=1, lr_heads=0.5, lr_sequence=0.5, external=None)
+    )
+    assert len(record.history) < 20
+    assert len(record.history) == record.best_epoch + 1
+
+
+def test_a_loss_that_is_not_finite_stops_and_says_so(world, monkeypatch):
+    real, calls = fitting._train_epoch, []
+
+    def poison(job, *rest):
+        calls.append(1)
+        if len(calls) == 2:
+            next(p for p in job.model.parameters() if p.requires_grad).data.fill_(float("nan"))
+        return real(job, *rest)
+
+    monkeypatch.setattr(fitting, "_train_epoch", poison)
+    with pytest.raises(FloatingPointError, match="epoch 2, step 1.*learning rates"):
+        training.fine_tune(world.replace(external=None))
+    kept = list(records.runs_dir("tiny").glob("*/checkpoint-0001"))
+    assert len(kept) == 1
+
+
+def test_missing_modality_and_corpus_are_named(world, make_tiny_store):
+    make_tiny_store("words", widths={}, seed=3)
+    with pytest.raises(ValueError, match="'words' holds 't'"):
+        training.fine_tune(world.replace(target="words"))
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        training.fine_tune(world.replace(target="nowhere"))
+    with pytest.raises(ValueError, match="none of 'va'"):
+        training.fine_tune(world.replace(external="words", modalities="va"))
+    assert not list(records.runs_dir("tiny").glob("*/record.json"))
+
+
+def test_weights_of_committed_records_are_asked_for_by_name(world):
+    training.fine_tune(world)
+    records.merge("tiny")
+    record = records.committed_records("tiny")[-1]
+    with pytest.raises(FileNotFoundError, match="make reproduce PROFILE=tiny"):
+        training.load_model(record)
+
+
+def test_loaded_models_predict_what_was_recorded(world):
+    record = training.fine_tune(world)
+    store = open_store(Path(os.environ["CONKI_DATA"]) / "toy")
+    loaders = training.make_loaders(record.config, store, record.config.stage2, splits=("test",))
+    table = fitting.predict(training.load_model(record), loaders["test"])
+    kept = pd.read_parquet(record.folder / "predictions.parquet").query("split == 'test'")
+    np.testing.assert_allclose(table["y_hat"], kept["y_hat"], rtol=1e-6)
+
+
+def test_merge_keeps_what_was_committed(world, tmp_path, monkeypatch):
+    training.fine_tune(world)
+    records.merge("tiny")
+    before = (records.results_dir("tiny") / "records.jsonl").read_text()
+    monkeypatch.setenv("CONKI_RUNS", str(tmp_path / "elsewhere"))
+    records.merge("tiny")
+    assert (records.results_dir("tiny") / "records.jsonl").read_text() == before
+    assert len(records.predictions("tiny")) == 8
+    training.fine_tune(world.replace(seed=5))
+    records.merge("tiny")
+    assert {r.seed for r in records.committed_records("tiny")} == {0, 5}
+    assert len(records.predictions("tiny")) == 16
+
+
+def test_learning_rates_rise_and_fall():
+    plan = RunConfig(epochs=4, warmup_epochs=1.0).stage2
+    factor = fitting.learning_rate_factor(plan, steps=10)
+    assert factor(0) == pytest.approx(0.1) and factor(9) == 1.0 and factor(10) == 1.0
+    assert factor(25) == pytest.approx(0.5) and factor(40) == 0.0
+    constant = fitting.learning_rate_factor(plan.model_copy(update={"schedule": "constant"}), 10)
+    assert constant(39) == 1.0
+
+
+def test_precision_is_put_back():
+    before = torch.get_float32_matmul_precision()
+    with fitting.precision("fp32-fast"):
+        pass
+    assert torch.get_float32_matmul_precision() == before
