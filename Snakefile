@@ -3,6 +3,7 @@
     conki pipeline --profile mosi-open --cores 2            # what `make reproduce` calls
     conki pipeline --rows all --seeds 5                     # what `make ablation` calls
     snakemake --workflow-profile profiles/slurm --config profile=mosi     # the same on a cluster
+    snakemake --cores 2 --config conki=true      # every job, but none does anything: a rehearsal
 
 Every job executes a notebook. What is finished is decided by the records (and, for tables and
 figures, by what they are made from), never by file times: when this file is read, the markers in
@@ -17,11 +18,11 @@ from pathlib import Path
 
 from conki_lib import ablation, pipeline
 from conki_lib.config import ROOT, RunConfig
-from conki_lib.data.corpora import corpus_path
 from conki_lib.records import runs_dir, slug
 
 os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # of `conki`
 PROFILE = str(config.get("profile", "synthetic"))
+CONKI = str(config.get("conki", "conki"))  # what every job calls; `true` does nothing, at once
 BASE = RunConfig.from_profile(PROFILE)
 FOLDS = str(config.get("folds", BASE.data.fold)).split(",")
 SEEDS = pipeline.parse_seeds(str(config.get("seeds", 1)))
@@ -73,6 +74,8 @@ def needs(wildcards):
 
 def agree():
     """Make the markers say what is true: finished runs have one, others and stale pictures none."""
+    from conki_lib.data.corpora import corpus_path  # loads PyTorch, which no job on a cluster needs
+
     rendered = JOBS / "state"
     fresh = rendered.is_file() and rendered.read_text() == pipeline.state(PROFILE)
     truth = {marker("data", name): (corpus_path(name) / "info.json").is_file() for name in CORPORA}
@@ -124,7 +127,7 @@ rule fetch:
     resources:
         mem_mb=4000, runtime=60,
     shell:
-        "conki fetch {wildcards.corpus}"
+        "{CONKI} fetch {wildcards.corpus}"
 
 
 rule stage_1:
@@ -140,7 +143,7 @@ rule stage_1:
     resources:
         mem_mb=8000, runtime=240,
     shell:
-        "conki run {STAGE_1} --profile {PROFILE} -p seed={wildcards.seed} -o {params.out}"
+        "{CONKI} run {STAGE_1} --profile {PROFILE} -p seed={wildcards.seed} -o {params.out}"
 
 
 rule variant:
@@ -158,7 +161,7 @@ rule variant:
     resources:
         mem_mb=8000, runtime=480,
     shell:
-        "conki run {STAGE_2} --profile {PROFILE} -p {params.variant} -p seed={wildcards.seed}"
+        "{CONKI} run {STAGE_2} --profile {PROFILE} -p {params.variant} -p seed={wildcards.seed}"
         " -p fold={wildcards.fold} -o {params.out}"
 
 
@@ -168,7 +171,7 @@ rule merge:
     output:
         touch(marker("merge")),
     shell:
-        "conki merge {PROFILE}"
+        "{CONKI} merge {PROFILE}"
 
 
 rule report:
@@ -183,11 +186,11 @@ rule report:
     resources:
         mem_mb=4000, runtime=60,
     shell:
-        "conki run {wildcards.stem} --profile {PROFILE} -o {params.out}"
+        "{CONKI} run {wildcards.stem} --profile {PROFILE} -o {params.out}"
 
 
 onsuccess:
-    if workflow.is_main_process:
+    if workflow.is_main_process and CONKI == "conki":
         JOBS.mkdir(parents=True, exist_ok=True)
         (JOBS / "state").write_text(pipeline.state(PROFILE))
         # notebooks draw side by side, so the list of figures is written when all have ended

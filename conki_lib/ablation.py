@@ -13,7 +13,6 @@ from pydantic import ValidationError
 
 from conki_lib.config import RunConfig, near_names
 from conki_lib.records import Record, config_key, find_record, load_records
-from conki_lib.training import fine_tune
 
 
 @dataclass(frozen=True)
@@ -139,6 +138,8 @@ def run_or_load(config: RunConfig, *, weights: bool = False, fresh: bool = False
         weights: the trained model is needed too, so a committed record alone will not do.
         fresh: only a run of this machine will do.
     """
+    from conki_lib.training import fine_tune  # PyTorch: who only reads tables does without
+
     record = find_record(config)
     enough = record is not None and record.is_current and not (fresh or weights)
     return record if enough else fine_tune(config)

@@ -18,6 +18,8 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, set_seed
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
@@ -27,7 +29,8 @@ from conki_lib.metrics import mosi_metrics, sims_metrics
 from conki_lib.model import Output, parameter_groups
 from conki_lib.states import StateReader
 
-Criterion = Callable[[Output, Tensor], dict[str, Tensor]]
+# of an output, the truth and the share (see `_share`)
+Criterion = Callable[[Output, Tensor, float], dict[str, Tensor]]
 
 
 @dataclass
@@ -113,9 +116,11 @@ def fit(job: Job) -> tuple[int, list[dict]]:
     set_seed(runtime.seed, device_specific=True)
     job.model.checkpoint_activations = runtime.checkpoint_activations
     optimizer = make_optimizer(job.model, plan)
-    steps = len(job.loaders["train"])
+    sampler = job.loaders["train"].batch_sampler
+    sampler.share = (accelerator.process_index, accelerator.num_processes)
+    steps = len(sampler)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, learning_rate_factor(plan, steps))
-    forward, optimizer = accelerator.prepare(job.model.to(accelerator.device), optimizer)
+    forward, optimizer = accelerator.prepare(_InParts(job.model).to(accelerator.device), optimizer)
     accelerator.register_for_checkpointing(schedule)
     history = _resume(job, accelerator)
     for epoch in range(len(history) + 1, plan.epochs + 1):
@@ -188,8 +193,10 @@ def _train_epoch(job, accelerator, forward, optimizer, schedule, epoch) -> dict[
     seen = 0
     for step, batch in enumerate(_bar(loader, f"{job.title} epoch {epoch}"), start=1):
         batch = batch.to(accelerator.device)
-        losses = job.criterion(forward(read(batch)), batch.y)
-        values = {k: v.item() for k, v in losses.items()}
+        n, share = _share(accelerator, batch)
+        output = forward([read(part) for part in batch.parts(job.runtime.accumulate)])
+        losses = job.criterion(output, batch.y, share)
+        values = _over_processes(accelerator, losses)
         if not math.isfinite(values["loss"]):
             raise FloatingPointError(
                 f"loss is {values} in epoch {epoch}, step {step}: lower the learning rates or "
@@ -203,9 +210,48 @@ def _train_epoch(job, accelerator, forward, optimizer, schedule, epoch) -> dict[
         optimizer.step()
         schedule.step()
         for k, v in values.items():
-            sums[k] = sums.get(k, 0.0) + v * len(batch)
-        seen += len(batch)
+            sums[k] = sums.get(k, 0.0) + v * n
+        seen += n
     return {k: v / seen for k, v in sums.items()}
+
+
+class _InParts(nn.Module):
+    """Run a model on the parts of a batch; backward recomputes them one by one.
+
+    No more than one part's activations are held, and since the losses see all outputs at once,
+    L_con still contrasts the whole batch (cached gradients, Gao et al. 2021). Dropout is drawn
+    again as it was.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, parts: list) -> Output:
+        """Join the outputs of all parts."""
+        if len(parts) == 1:
+            return self.model(parts[0])
+        outputs = [checkpoint(self.model, part, use_reentrant=False) for part in parts]
+        y_hat, reps = (torch.cat([getattr(o, x) for o in outputs]) for x in ("y_hat", "reps"))
+        return Output(y_hat, reps, outputs[0].names)
+
+
+def _share(accelerator: Accelerator, batch: Batch) -> tuple[int, float]:
+    """Utterances in all processes' batches; this one's part of them times the number of processes.
+
+    A mean over the own utterances times this share, averaged over processes as DDP does, is the
+    mean over all utterances.
+    """
+    world = accelerator.num_processes
+    if world == 1:
+        return len(batch), 1.0
+    n = int(accelerator.reduce(torch.tensor(len(batch), device=accelerator.device), "sum"))
+    return n, len(batch) * world / n
+
+
+def _over_processes(accelerator: Accelerator, losses: dict[str, Tensor]) -> dict[str, float]:
+    values = torch.stack([v.detach() for v in losses.values()])
+    return dict(zip(losses, accelerator.reduce(values, "mean").tolist(), strict=True))
 
 
 def _checkpoints(folder: Path) -> list[Path]:
@@ -277,7 +323,8 @@ def precision(name: str) -> Iterator[None]:
     """Set how matrix products are computed, and put it back after.
 
     fp32: full single precision. fp32-fast: oneDNN on a CPU (checked: still single precision),
-    TF32 on a GPU. bf16: autocast to bfloat16; losses and norms stay in fp32.
+    TF32 on a GPU. bf16: autocast to bfloat16; losses and norms stay in fp32. A CPU's fused attention
+    takes eight times as long as the plain one to go back through short bfloat16 sequences.
     """
     before = torch.get_float32_matmul_precision()
     gpu = torch.cuda.is_available()
@@ -285,7 +332,11 @@ def precision(name: str) -> Iterator[None]:
     if name == "fp32-fast" and not gpu and _product_error() > 1e-5:
         torch.set_float32_matmul_precision("highest")  # this CPU would really round to bfloat16
     try:
-        with torch.autocast("cuda" if gpu else "cpu", torch.bfloat16, enabled=name == "bf16"):
+        with contextlib.ExitStack() as stack:
+            if name == "bf16":
+                stack.enter_context(torch.autocast("cuda" if gpu else "cpu", torch.bfloat16))
+                if not gpu:
+                    stack.enter_context(sdpa_kernel(SDPBackend.MATH))
             yield
     finally:
         torch.set_float32_matmul_precision(before)

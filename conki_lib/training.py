@@ -267,8 +267,8 @@ def make_loaders(
     return loaders
 
 
-def _task_only(output: Output, y: Tensor) -> dict[str, Tensor]:
-    loss = task_loss(output.y_hat, y)
+def _task_only(output: Output, y: Tensor, share: float = 1.0) -> dict[str, Tensor]:
+    loss = share * task_loss(output.y_hat, y)
     return {"loss": loss, "loss_task": loss}
 
 
@@ -278,9 +278,12 @@ class Objective:
 
     contrast: ContrastConfig
 
-    def __call__(self, output: Output, y: Tensor) -> dict[str, Tensor]:
-        """The whole loss and both its terms; with lambda 0, L_con is measured but not minimised."""
-        losses = _task_only(output, y)
+    def __call__(self, output: Output, y: Tensor, share: float = 1.0) -> dict[str, Tensor]:
+        """The whole loss and both its terms; with lambda 0, L_con is measured but not minimised.
+
+        `share` weighs the mean over this process's utterances; L_con is that of all processes.
+        """
+        losses = _task_only(output, y, share)
         if output.names:
             c = self.contrast
             with torch.set_grad_enabled(torch.is_grad_enabled() and c.lam > 0):

@@ -117,7 +117,7 @@ def test_coverage_names_every_row_and_the_reason(held):
 
 def test_run_or_load_takes_a_current_record_and_trains_else(monkeypatch):
     config, trained, new = ablation.configure("synthetic"), [], record(finished="new")
-    monkeypatch.setattr(ablation, "fine_tune", lambda c: trained.append(c) or new)
+    monkeypatch.setattr("conki_lib.training.fine_tune", lambda c: trained.append(c) or new)
     for found, expected in ((record(), "full-0-1"), (record(code="old"), None), (None, None)):
         monkeypatch.setattr(ablation, "find_record", lambda c, found=found: found)
         got = ablation.run_or_load(config)

@@ -1,6 +1,8 @@
 """Both stages on a tiny corpus with a tiny BERT: what is trained, resumed, repeated, refused."""
 
+import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -118,8 +120,6 @@ def test_killed_and_started_again_ends_the_same(world, tmp_path, monkeypatch, wh
         "import torch; torch.set_num_threads(1)\n"
         "training.fine_tune(RunConfig(**json.loads(sys.argv[2])))\n"
     )
-    import json
-
     env = os.environ | {"CONKI_RUNS": str(runs), "CONKI_HEADLESS": "1"}
     command = [sys.executable, "-c", code, str(tmp_path), json.dumps(world.flat())]
     done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
@@ -250,3 +250,80 @@ def test_precision_is_put_back():
     with fitting.precision("fp32-fast"):
         pass
     assert torch.get_float32_matmul_precision() == before
+
+
+# ---- large batches on small machines, and several processes ------------------------------------
+
+STILL = dict(adapter_dropout=0.0, encoder_dropout=0.0, fusion_dropout=0.0, lam=0.5)
+
+
+@pytest.fixture
+def still(world) -> RunConfig:
+    """No dropout anywhere, so that only the order of additions can differ."""
+    folder = Path(world.model.text_backbone).with_name("still-bert")
+    if not folder.is_dir():
+        shutil.copytree(world.model.text_backbone, folder)
+        settings = json.loads((folder / "config.json").read_text())
+        settings |= {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+        (folder / "config.json").write_text(json.dumps(settings))
+    return world.replace(text_backbone=str(folder), **STILL)
+
+
+def assert_same_run(one, other):
+    assert one.best_epoch == other.best_epoch
+    for row, twin in zip(one.history, other.history, strict=True):
+        assert row == pytest.approx(twin, rel=1e-4, abs=1e-5)
+    a, b = load_file(one.model_path), load_file(other.model_path)
+    for name in a:
+        torch.testing.assert_close(a[name], b[name], rtol=1e-3, atol=2e-5, msg=name)
+
+
+@pytest.mark.parametrize("parts", [2, 3, 99])
+def test_micro_batches_give_what_the_whole_batch_gives(still, tmp_path, monkeypatch, parts):
+    whole = training.fine_tune(still)
+    monkeypatch.setenv("CONKI_RUNS", str(tmp_path / f"parts{parts}"))
+    assert_same_run(whole, training.fine_tune(still.replace(accumulate=parts)))
+
+
+def test_micro_batches_draw_their_dropout_once():
+    class Dropped(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.scale, self.seen = torch.nn.Parameter(torch.ones(8)), []
+
+        def forward(self, x):
+            y = torch.nn.functional.dropout(x * self.scale)
+            self.seen.append(y.detach())
+            return fitting.Output(y.sum(1), y[:, None], ("O_t",))
+
+    model = Dropped()
+    fitting._InParts(model)([torch.ones(2, 8), torch.ones(2, 8)]).y_hat.sum().backward()
+    first, second = model.seen[:2]
+    assert not torch.equal(first, second)
+    # the gradient of a scale of 1 is the sum of what came through, if backward dropped the same
+    assert torch.equal(model.scale.grad, (first + second).sum(0))
+
+
+def test_two_processes_give_what_one_gives(still, tmp_path, monkeypatch):
+    alone = training.fine_tune(still)
+    runs = tmp_path / "two"
+    code = (
+        "import json, sys\n"
+        "import torch; torch.set_num_threads(1)\n"
+        "from conki_lib import training\n"
+        "from conki_lib.config import RunConfig\n"
+        "training.fine_tune(RunConfig(**json.loads(sys.argv[1])))\n"
+    )
+    script = tmp_path / "job.py"
+    script.write_text(code)
+    env = os.environ | {"CONKI_RUNS": str(runs), "CONKI_HEADLESS": "1"}
+    # what `accelerate launch` starts on GPUs; on CPUs alone it would want MPI
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2",
+               str(script), json.dumps(still.flat())]  # fmt: skip
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    monkeypatch.setenv("CONKI_RUNS", str(runs))
+    monkeypatch.setattr(training, "fit", lambda job: pytest.fail("trained again"))
+    together = training.fine_tune(still)
+    assert together.provenance["processes"] == 2
+    assert_same_run(alone, together)

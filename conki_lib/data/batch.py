@@ -1,5 +1,6 @@
 """Batches: tokenised once, bucketed by length, padded to their own longest row, standardised."""
 
+import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -38,6 +39,21 @@ class Batch:
         """True at real steps of modality m, False at padding."""
         steps = torch.arange(self.inputs[m].shape[1], device=self.inputs[m].device)
         return steps < self.lengths[m][:, None]
+
+    def parts(self, n: int) -> list["Batch"]:
+        """Cut into up to n batches of consecutive utterances, padded as the whole."""
+        cuts = np.linspace(0, len(self), min(n, len(self)) + 1).astype(int)
+        return [self._rows(slice(*ends)) for ends in itertools.pairwise(cuts.tolist())]
+
+    def _rows(self, part: slice) -> "Batch":
+        return replace(
+            self,
+            inputs={m: x[part] for m, x in self.inputs.items()},
+            lengths={m: x[part] for m, x in self.lengths.items()},
+            y=self.y[part],
+            ids=self.ids[part],
+            index=self.index[part],
+        )
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "Batch":
         """The same batch on another device."""
@@ -78,10 +94,16 @@ class BucketSampler(Sampler[list[int]]):
     """Batches of utterances of similar length; every utterance exactly once an epoch.
 
     Shuffled, epoch e's order is a pure function of (seed, e): the utterances are permuted, pools of
-    16 batches are sorted by length, cut, and the batches permuted. Otherwise all are sorted by
-    length. The length of an utterance is the sum over modalities of its length relative to the
-    mean.
+    16 batches are sorted by length, cut into batches of equal size (but for one utterance), and the
+    batches permuted. Otherwise all are sorted by length. The length of an utterance is the sum over
+    modalities of its length relative to the mean.
+
+    Attributes:
+        share: (rank, number of processes); a process gets every so-manyth utterance of each batch,
+            so that the processes' batches together are what one process alone would get.
     """
+
+    share = (0, 1)
 
     def __init__(
         self, lengths: Float[np.ndarray, " N"], batch_size: int, shuffle: bool, seed: int = 0
@@ -100,19 +122,23 @@ class BucketSampler(Sampler[list[int]]):
         return -(-len(self.lengths) // self.batch_size)
 
     def __iter__(self) -> Iterator[list[int]]:
-        n, size = len(self.lengths), self.batch_size
+        rank, world = self.share
+        yield from (batch[rank::world].tolist() for batch in self._batches())
+
+    def _batches(self) -> list[Int[np.ndarray, " _"]]:
+        n, count = len(self.lengths), len(self)
         if not self.shuffle:
             order = np.argsort(self.lengths, kind="stable")
-            yield from (order[i : i + size].tolist() for i in range(0, n, size))
-            return
+            return np.split(order, range(self.batch_size, n, self.batch_size)) if n else []
         rng = np.random.default_rng([self.seed, self.epoch])
-        order = rng.permutation(n)
+        order, ends = rng.permutation(n), np.linspace(0, n, count + 1).astype(int)
         batches = []
-        for start in range(0, n, size * _POOL):
-            pool = order[start : start + size * _POOL]
+        for first in range(0, count, _POOL):
+            cuts = ends[first : first + _POOL + 1]
+            pool = order[cuts[0] : cuts[-1]]
             pool = pool[np.argsort(self.lengths[pool], kind="stable")]
-            batches += [pool[i : i + size].tolist() for i in range(0, len(pool), size)]
-        yield from (batches[i] for i in rng.permutation(len(batches)))
+            batches += np.split(pool, cuts[1:-1] - cuts[0])
+        return [batches[i] for i in rng.permutation(count)]
 
 
 class _Collator(Dataset[Batch]):

@@ -1,6 +1,7 @@
 """Every notebook runs from its first cell to its last, headless, on tiny corpora."""
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -27,6 +28,7 @@ def place(tmp_path_factory, make_tiny_bert) -> Path:
     build(place / "data/synthetic", TARGET, sizes=(72, 36, 36))
     build(place / "data/synthetic-external", EXTERNAL, sizes=(96, 36, 36))
     (place / "configs").mkdir()
+    shutil.copytree(ROOT / "docs", place / "docs")  # notebook 07 reads the audit's rows there
     profile = {**TINY, "text_backbone": make_tiny_bert()}
     (place / "configs/synthetic.yml").write_text(yaml.safe_dump(profile))
     return place

@@ -1,0 +1,825 @@
+"""One fine-tuning step at the released shapes: a plain implementation against this library's.
+
+    python bench/training_step.py            # on two cores about an hour, 15 GB of memory
+    python bench/training_step.py --quick    # tiny sizes, nothing written
+    python bench/training_step.py --page     # page and figure from the committed results
+
+The plain step is written below from what is known of the released code (`PlainConKI`): everything
+padded to its maximum, masks ignored in adapters and means, attention written out, default fp32, a
+Python loop over the pair matrix, text tokenised in the step. From there to the library's step one
+measure is switched on at a time; all take turns in one process. Peak memory is that of a process
+of its own. Uses a GPU where there is one; then the results' names end in `_cuda`.
+"""
+
+import argparse
+import json
+import math
+import os
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import torch
+from contrastive_loss import (
+    DOCS,
+    RESULTS,
+    forget_peak,
+    machine,
+    mask_of_entries,
+    median_ratio,
+    peak,
+)
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from conki_lib.config import MODALITIES, ModelConfig, RunConfig
+from conki_lib.data import Batch, make_loader, open_store, tokenise
+from conki_lib.data.store import write_store
+from conki_lib.encoders import TransformerStack, load_tokenizer
+from conki_lib.fitting import make_optimizer, precision
+from conki_lib.losses import contrastive_loss, log_f, task_loss
+from conki_lib.model import build_model, freeze_for_fine_tuning
+from conki_lib.plots.style import MUTED, PAIR_COLORS, save_figure, use_style
+from conki_lib.training import Objective
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+NAME = "training_step" + ("" if DEVICE.type == "cpu" else f"_{DEVICE.type}")
+CORPUS = "shapes"  # of the generated corpus
+MEAN, DEVIATION = 0.35, 0.65 / 3  # duration over the maximum: mean + 3 deviations is the maximum
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What is measured; the defaults are the released shapes."""
+
+    B: int = 32
+    d: int = 768
+    layers: int = 12  # of the text backbone
+    heads: int = 12
+    ff: int = 3072
+    vocabulary: int = 30522
+    steps: tuple[int, int] = (500, 375)  # vision, audio
+    widths: tuple[int, int] = (20, 5)
+    tokens: int = 50
+    utterances: int = 512  # 16 batches, one pool of the bucketing
+    rounds: int = 3
+    batches: int = 3  # timed per variant and round, evenly spread over the pool's lengths
+
+
+TINY = Sizes(
+    B=4, d=24, layers=3, heads=2, ff=32, vocabulary=200, steps=(30, 20), tokens=12, utterances=64,
+    rounds=2, batches=2,
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A way to take the step; differs by one measure from `base`."""
+
+    label: str
+    base: str = ""
+    library: bool = False
+    batches: str = (
+        "padded"  # "random": padded to the batch's longest; "bucketed": of similar length
+    )
+    attention: str = "eager"
+    loss: str = "loop"
+    tokenised: bool = False
+    fused: bool = False
+    precision: str = "fp32"
+    option: str = ""  # of the library: "detached", "compiled", "recomputed"
+
+
+def _ladder() -> dict[str, Variant]:
+    """All variants: rungs from plain to ours, then options on top."""
+    rungs = {
+        "trimmed": ("sequences padded to the batch's longest only", {"batches": "random"}),
+        "bucketed": ("batches of similar length", {"batches": "bucketed"}),
+        "attention": ("scaled-dot-product attention kernel", {"attention": "sdpa"}),
+        "loss": ("closed-form contrastive loss", {"loss": "closed"}),
+        "tokens": ("text tokenised once, before", {"tokenised": True}),
+        "optimiser": ("fused AdamW", {"fused": True}),
+        "library": ("the library's model: masks, frozen parts without dropout", {"library": True}),
+        "ours": ("fp32-fast products: ours, default precision", {"precision": "fp32-fast"}),
+        "ours bf16": ("bf16 autocast: ours, bf16", {"precision": "bf16"}),
+    }
+    variants = {"plain": Variant("plain")}
+    before = "plain"
+    for name, (label, change) in rungs.items():
+        variants[name] = replace(variants[before], label=label, base=before, **change)
+        before = name
+    options = {
+        "detached": ("ours bf16", "no gradient through adapters (adapter_gradient: false)"),
+        "compiled": ("ours bf16", "torch.compile of all Transformer stacks"),
+        "recomputed": ("ours", "activations recomputed (checkpoint_activations: true)"),
+    }
+    for name, (base, label) in options.items():
+        variants[name] = replace(variants[base], label=label, base=base, option=name)
+    return variants
+
+
+VARIANTS = _ladder()
+OPTIONS = tuple(name for name, variant in VARIANTS.items() if variant.option)
+
+
+# --- the plain implementation -------------------------------------------------------------------
+
+
+class PlainLayer(nn.TransformerEncoderLayer):
+    """A Transformer layer, norms after, with its attention written out."""
+
+    kernel = "eager"
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Attend, then feed forward; the mask is True at real steps."""
+        x = self.norm1(x + self.dropout1(self.attend(x, mask)))
+        inner = self.dropout(F.gelu(self.linear1(x)))
+        return self.norm2(x + self.dropout2(self.linear2(inner)))
+
+    def attend(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        """Multi-head self-attention, eager or by PyTorch's kernel."""
+        part = self.self_attn
+        qkv = F.linear(x, part.in_proj_weight, part.in_proj_bias)
+        q, k, v = qkv.unflatten(-1, (3, part.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        dropout = part.dropout if self.training else 0.0
+        bias = None
+        if mask is not None:
+            bias = x.new_zeros(mask.shape).masked_fill(~mask, -math.inf)[:, None, None]
+        if self.kernel == "sdpa":
+            out = F.scaled_dot_product_attention(q, k, v, bias, dropout)
+        else:
+            scores = q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])
+            scores = scores if bias is None else scores + bias
+            out = F.dropout(scores.softmax(-1), dropout) @ v
+        return part.out_proj(out.transpose(1, 2).flatten(2))
+
+
+def plain_layers(n: int, d: int, heads: int, ff: int, dropout: float) -> nn.ModuleList:
+    """Some layers in a row."""
+    return nn.ModuleList(PlainLayer(d, heads, ff, dropout, batch_first=True) for _ in range(n))
+
+
+class PlainEncoder(nn.Module):
+    """Vision or audio: projection, CLS step, learned positions, layers; mean over all steps."""
+
+    def __init__(self, config: ModelConfig, width: int) -> None:
+        super().__init__()
+        d, dropout = config.d, config.encoder_dropout
+        self.project = nn.Linear(width, d)
+        self.cls = nn.Parameter(torch.zeros(d))
+        self.positions = nn.Parameter(torch.zeros(config.encoder_positions + 1, d))
+        self.dropout = nn.Dropout(dropout)
+        sizes = (config.encoder_layers, d, config.encoder_heads, config.encoder_ff)
+        self.layers = plain_layers(*sizes, dropout)
+        self.norm = nn.LayerNorm(d)
+
+    def forward(self, x: Tensor, mask: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """O_m and all hidden states."""
+        x = torch.cat([self.cls.expand(len(x), 1, -1), self.project(x)], dim=1)
+        mask = F.pad(mask, (1, 0), value=True)
+        hidden = [self.dropout(x + self.positions[: x.shape[1]])]
+        for layer in self.layers:
+            hidden.append(layer(hidden[-1], mask))
+        return self.norm(hidden[-1]).mean(1), hidden
+
+
+class PlainModule(nn.Module):
+    """One module of an adapter: down, two layers that attend to all steps, up, residual."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        width = config.adapter_width
+        sizes = (2, width, config.adapter_heads, config.adapter_ff)
+        self.down, self.up = nn.Linear(config.d, width), nn.Linear(width, config.d)
+        self.layers = plain_layers(*sizes, config.adapter_dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Add to the input."""
+        inner = self.down(x)
+        for layer in self.layers:
+            inner = layer(inner)
+        return x + self.up(inner)
+
+
+class PlainAdapter(nn.Module):
+    """A chain of modules, pooled by first step, dense, tanh (text) or norm and mean."""
+
+    def __init__(self, config: ModelConfig, plugged: tuple[int, ...], text: bool) -> None:
+        super().__init__()
+        self.plugged = plugged
+        self.chain = nn.ModuleList(PlainModule(config) for _ in plugged)
+        if text:
+            self.pooler = nn.Linear(config.d, config.d)
+        else:
+            self.norm = nn.LayerNorm(config.d)
+
+    def forward(self, hidden: list[Tensor]) -> Tensor:
+        """A_m."""
+        x = torch.zeros_like(hidden[0])
+        for layer, module in zip(self.plugged, self.chain, strict=True):
+            x = module(hidden[layer] + x)
+        if hasattr(self, "pooler"):
+            return torch.tanh(self.pooler(x[:, 0]))
+        return self.norm(x).mean(1)
+
+
+class PlainConKI(nn.Module):
+    """The whole model, from the facts listed in the audit; parts are named as in the library."""
+
+    def __init__(self, config: ModelConfig, plugged: dict[str, tuple[int, ...]]) -> None:
+        super().__init__()
+        from transformers import BertConfig, BertModel
+
+        bert = BertConfig.from_pretrained(config.text_backbone, attn_implementation="eager")
+        d, widths = config.d, config.widths[CORPUS]
+        encoders = {m: PlainEncoder(config, width) for m, width in widths.items()}
+        self.encoders = nn.ModuleDict({"t": BertModel(bert), **encoders})
+        self.adapters = nn.ModuleDict(
+            {m: PlainAdapter(config, layers, m == "t") for m, layers in plugged.items()}
+        )
+        sizes = [3 * d, d, d // 2, d // 4, d // 8]
+        mlp = [
+            part
+            for a, b in zip(sizes, sizes[1:], strict=False)
+            for part in (nn.Linear(a, b), nn.GELU())
+        ]
+        reduced = 3 * d // config.gate_reduction
+        self.intra = nn.ModuleDict({m: nn.Linear(2 * d, d) for m in MODALITIES})
+        self.squeeze, self.excite = nn.Linear(3 * d, reduced), nn.Linear(reduced, 3 * d)
+        self.dropout = nn.Dropout(config.fusion_dropout)
+        self.mlp = nn.Sequential(*mlp, nn.Linear(sizes[-1], 1))
+        self.adapters.requires_grad_(False)
+
+    def forward(self, inputs: dict[str, Tensor], masks: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Predictions (B,) and the six representations (B, 6, d)."""
+        out = self.encoders["t"](inputs["t"], masks["t"], output_hidden_states=True)
+        encoded = {"t": (out.pooler_output, out.hidden_states)}
+        encoded |= {m: self.encoders[m](inputs[m], masks[m]) for m in ("v", "a")}
+        pan = {m: encoded[m][0] for m in MODALITIES}
+        specific = {m: self.adapters[m](encoded[m][1]) for m in MODALITIES}
+        fused = [self.intra[m](torch.cat([specific[m], pan[m]], 1)) for m in MODALITIES]
+        x = torch.cat(fused, 1)
+        x = x * torch.sigmoid(self.excite(torch.relu(self.squeeze(x))))
+        y_hat = self.mlp(self.dropout(x)).squeeze(1)
+        return y_hat, torch.stack([*pan.values(), *specific.values()], 1)
+
+    def set_kernel(self, name: str) -> None:
+        """Choose the attention of all layers."""
+        self.encoders["t"].set_attn_implementation(name)
+        for part in self.modules():
+            if isinstance(part, PlainLayer):
+                part.kernel = name
+
+
+def plain_state(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The library's weights under the names of `PlainConKI`."""
+    names = (r"^encoders\.t\.backbone", "encoders.t"), (r"\.stack\.", "."), (r"^heads\.", "")
+    names += (r"^cross\.", ""), (r"project\.of-\w+", "project")
+    renamed = {}
+    for name, value in state.items():
+        for old, new in names:
+            name = re.sub(old, new, name)
+        renamed[name] = value
+    return renamed
+
+
+def plain_loss(reps: Tensor, y: Tensor, tau: float) -> Tensor:
+    """The contrastive loss per row, its positives found by two Python loops over the pairs."""
+    rows = [(k < 3, round(value)) for value in y.tolist() for k in range(6)]
+    positive = mask_of_entries(rows).to(y.device)
+    x = reps.flatten(0, 1)
+    scores = log_f(x, x, tau=tau)
+    itself = torch.eye(len(x), dtype=torch.bool, device=y.device)
+    log_denominator = scores.masked_fill(itself, -math.inf).logsumexp(1)
+    return (log_denominator - (scores * positive).sum(1) / positive.sum(1)).mean()
+
+
+# --- data and models ----------------------------------------------------------------------------
+
+
+def make_corpus(folder: Path, sizes: Sizes) -> Path:
+    """Write a corpus with the released shapes: durations are log-normal, cut at the maximum."""
+    rng, n = np.random.default_rng(0), sizes.utterances
+    spread = math.sqrt(math.log(1 + (DEVIATION / MEAN) ** 2))
+    share = rng.lognormal(math.log(MEAN) - spread**2 / 2, spread, n).clip(0.03, 1)
+    words = vocabulary(sizes)[5:]
+    counts = np.clip(share * sizes.tokens * rng.uniform(0.7, 1.3, n), 3, sizes.tokens) - 2
+    table = pd.DataFrame({"id": [str(i) for i in range(n)], "clip": "0"})
+    table["video"], table["standard"] = table["id"], "train"
+    table["text"] = [" ".join(rng.choice(words, max(1, int(k)))) for k in counts]
+    table["y"] = rng.uniform(-3, 3, n).round(1)
+    sequences = {
+        m: [rng.normal(size=(max(1, int(s * steps)), width)).astype("float32") for s in share]
+        for m, steps, width in zip(("v", "a"), sizes.steps, sizes.widths, strict=True)
+    }
+    return write_store(
+        folder / CORPUS, table, sequences, name=CORPUS, language="en", label_range=(-3.0, 3.0)
+    )
+
+
+def vocabulary(sizes: Sizes) -> list[str]:
+    """Special tokens, and words of letters."""
+    letters = "abcdefghijklmnopqrstuvwxyz"
+    words = (a + b + c + d for a in letters for b in letters for c in letters for d in letters)
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    return special + [next(words) for _ in range(sizes.vocabulary - len(special))]
+
+
+def make_backbone(folder: Path, sizes: Sizes) -> Path:
+    """Save the configuration and tokenizer of a BERT; its weights are drawn when it is built."""
+    from transformers import BertConfig, BertTokenizer
+
+    BertTokenizer(vocab={w: i for i, w in enumerate(vocabulary(sizes))}).save_pretrained(folder)
+    BertConfig(
+        vocab_size=sizes.vocabulary,
+        hidden_size=sizes.d,
+        num_hidden_layers=sizes.layers,
+        num_attention_heads=sizes.heads,
+        intermediate_size=sizes.ff,
+    ).save_pretrained(folder)
+    return folder
+
+
+def settings(backbone: Path, sizes: Sizes, **changes: object) -> RunConfig:
+    """The preset `released` with these sizes, masks everywhere."""
+    chosen = dict(
+        preset="released",
+        padding="masked",
+        text_backbone=str(backbone),
+        text_init="random",
+        d=sizes.d,
+        widths={CORPUS: dict(zip(("v", "a"), sizes.widths, strict=True))},
+        adapter_width=sizes.d,
+        adapter_heads=sizes.heads,
+        adapter_ff=sizes.ff,
+        max_tokens=sizes.tokens,
+    )
+    return RunConfig(**{**chosen, **changes})
+
+
+class Bench:
+    """Corpus, both models with equal weights, and how each variant takes its step."""
+
+    def __init__(
+        self, folder: Path, sizes: Sizes, which: tuple[str, ...], **changes: object
+    ) -> None:
+        self.sizes = sizes
+        backbone = make_backbone(folder / "bert", sizes)
+        self.config = settings(backbone, sizes, **changes)
+        self.tokenizer = load_tokenizer(str(backbone))
+        self.batches = self._batches(make_corpus(folder, sizes))
+        torch.manual_seed(0)
+        self.ours = build_model(self.config.model)
+        plugged = {m: self.ours.plugged(m) for m in MODALITIES}
+        freeze_for_fine_tuning(self.ours, injected=MODALITIES)
+        self.objective = Objective(self.config.contrast)
+        self.optimizers = {}
+        if any(not VARIANTS[name].library for name in which):
+            self.plain = PlainConKI(self.config.model, plugged)
+            self.plain.load_state_dict(plain_state(self.ours.state_dict()))
+            self.optimizers["plain"] = plain_optimizer(self.plain.to(DEVICE).train(), self.config)
+        if any(VARIANTS[name].library for name in which):
+            self.optimizers["ours"] = make_optimizer(
+                self.ours.to(DEVICE).train(), self.config.stage2
+            )
+
+    def _batches(self, corpus: Path) -> dict[str, list[Batch]]:
+        """Batches of each kind, ascending by size; the corpus is one split of one pool."""
+        split, sizes = open_store(corpus)["train"], self.sizes
+        self.texts = dict(zip(split.table["id"], split.table["text"], strict=True))
+        tokens = tokenise(split.table["text"], self.tokenizer, max_tokens=sizes.tokens)
+        self.longest = dict(zip(MODALITIES, (sizes.tokens, *sizes.steps), strict=True))
+
+        def loader(pad_to: int | dict) -> torch.utils.data.DataLoader:
+            return make_loader(
+                split, modalities=MODALITIES, batch_size=sizes.B, tokens=tokens, shuffle=True,
+                pad_to=pad_to,
+            )  # fmt: skip
+
+        order = np.random.default_rng(1).permutation(len(split)).reshape(-1, sizes.B).tolist()
+        kinds = {
+            "padded": [loader(self.longest).dataset.__getitems__(order[0])],
+            "random": [loader(0).dataset.__getitems__(rows) for rows in order],
+            "bucketed": list(loader(0)),
+        }
+        self.valid = float(np.mean([real_share(batch, self.longest) for batch in kinds["random"]]))
+        return {
+            kind: [b.to(DEVICE) for b in sorted(found, key=area)] for kind, found in kinds.items()
+        }
+
+    def chosen(self, kind: str) -> list[Batch]:
+        """Some batches of a kind, at evenly spread places of their order by size."""
+        found, n = self.batches[kind], self.sizes.batches
+        if len(found) <= n:
+            return found
+        return [found[int((i + 0.5) * len(found) / n)] for i in range(n)]
+
+    @contextmanager
+    def prepared(self, variant: Variant) -> Iterator[None]:
+        """Set the precision and whatever else the variant asks for, and put it back."""
+        self._switch(variant, True)
+        try:
+            with precision(variant.precision):
+                yield
+        finally:
+            self._switch(variant, False)
+
+    def _switch(self, variant: Variant, on: bool) -> None:
+        if not variant.library:
+            self.plain.set_kernel(variant.attention)
+            for group in self.optimizers["plain"].param_groups:
+                group["fused"] = variant.fused
+        elif variant.option == "detached":
+            self.ours.adapter_gradient = not on
+        elif variant.option == "recomputed":
+            self.ours.checkpoint_activations = on
+        elif variant.option == "compiled":
+            for part in (self.ours.encoders["t"].backbone.encoder, *stacks(self.ours)):
+                part._compiled_call_impl = None
+                if on:
+                    part.compile(dynamic=True)
+
+    def step(self, variant: Variant, batch: Batch) -> float:
+        """Take one step; return the loss."""
+        optimizer = self.optimizers["ours" if variant.library else "plain"]
+        optimizer.zero_grad()
+        loss = self.loss(variant, batch)
+        loss.backward()
+        if variant.library:
+            trained = [p for p in self.ours.parameters() if p.requires_grad]
+            nn.utils.clip_grad_norm_(trained, self.config.stage2.clip)
+        optimizer.step()
+        return loss.item()
+
+    def loss(self, variant: Variant, batch: Batch) -> Tensor:
+        """The whole loss of a batch."""
+        if variant.library:
+            return self.objective(self.ours(batch), batch.y)["loss"]
+        inputs, masks = dict(batch.inputs), {m: batch.mask(m) for m in MODALITIES}
+        if not variant.tokenised:
+            inputs["t"] = self.tokenised(batch)
+        y_hat, reps = self.plain(inputs, masks)
+        c = self.config.contrast
+        if variant.loss == "loop":
+            return task_loss(y_hat, batch.y) + c.lam * plain_loss(reps, batch.y, c.tau)
+        return task_loss(y_hat, batch.y) + c.lam * contrastive_loss(reps, batch.y, tau=c.tau)
+
+    def tokenised(self, batch: Batch) -> Tensor:
+        """The batch's token ids, made anew from its texts and padded as the batch is."""
+        texts = [self.texts[i] for i in batch.ids]
+        rows = tokenise(texts, self.tokenizer, max_tokens=self.sizes.tokens)
+        tokens = torch.zeros(batch.inputs["t"].shape, dtype=torch.int64)
+        for place, row in zip(tokens, rows, strict=True):
+            place[: len(row)] = torch.from_numpy(row)
+        return tokens.to(DEVICE)
+
+
+def plain_optimizer(model: nn.Module, config: RunConfig) -> torch.optim.AdamW:
+    """AdamW as released: one rate for the encoders, one for the rest, adapters left out."""
+    encoders = list(model.encoders.parameters())
+    seen = {id(p) for p in encoders}
+    rest = [p for p in model.parameters() if p.requires_grad and id(p) not in seen]
+    groups = [{"params": encoders, "lr": config.stage2.lr_text}]
+    groups += [{"params": rest, "lr": config.stage2.lr_heads}]
+    return torch.optim.AdamW(groups, weight_decay=config.stage2.weight_decay)
+
+
+def stacks(model: nn.Module) -> list[nn.Module]:
+    """All stacks of Transformer layers."""
+    return [part for part in model.modules() if isinstance(part, TransformerStack)]
+
+
+def area(batch: Batch) -> int:
+    """Padded vision and audio steps of a batch, a measure of its cost."""
+    return sum(batch.inputs[m].shape[:2].numel() for m in ("v", "a"))
+
+
+def real_share(batch: Batch, longest: dict[str, int]) -> float:
+    """Share of real vision and audio steps, were the batch padded to the maximum."""
+    steps = sum(int(batch.lengths[m].sum()) for m in ("v", "a"))
+    return steps / (len(batch) * (longest["v"] + longest["a"]))
+
+
+# --- measuring ----------------------------------------------------------------------------------
+
+
+def parity() -> dict:
+    """Plain and library agree at equal weights, where padding is let in: a tiny model, fp32."""
+    quiet = dict(padding="released", encoder_dropout=0.0, adapter_init_std=0.02)
+    with tempfile.TemporaryDirectory() as name, precision("fp32"):
+        bench = Bench(Path(name), TINY, ("plain", "library"), **quiet)
+        bench.plain.eval(), bench.ours.eval()
+        found = []
+        for variant in ("plain", "attention", "library"):
+            bench.plain.set_kernel(VARIANTS[variant].attention)
+            model = bench.ours if VARIANTS[variant].library else bench.plain
+            model.zero_grad()
+            loss = bench.loss(VARIANTS[variant], bench.batches["padded"][0])
+            loss.backward()
+            named = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+            named = plain_state(named) if model is bench.ours else named
+            found.append((loss.item(), named))
+    (loss, gradient), others = found[0], found[1:]
+    result = {
+        "loss, relative": max(abs(x / loss - 1) for x, _ in others),
+        "gradient, relative": max(distance(gradient, g) for _, g in others),
+    }
+    assert max(result.values()) < 1e-4, result
+    return result
+
+
+def distance(x: dict[str, Tensor], y: dict[str, Tensor]) -> float:
+    """Norm of the difference of two gradients over the norm of the first."""
+    assert x.keys() == y.keys(), x.keys() ^ y.keys()
+    difference = sum((x[name] - y[name]).square().sum() for name in x)
+    return float((difference / sum(g.square().sum() for g in x.values())).sqrt())
+
+
+def seconds_of(bench: Bench, variant: Variant, batches: list[Batch]) -> tuple[float, float]:
+    """Mean seconds of a step over some batches, by the clock and of the processor."""
+    synchronise()
+    start, busy = time.perf_counter(), time.process_time()
+    for batch in batches:
+        loss = bench.step(variant, batch)
+        assert math.isfinite(loss), variant
+    synchronise()
+    n = len(batches)
+    return (time.perf_counter() - start) / n, (time.process_time() - busy) / n
+
+
+def synchronise() -> None:
+    """Wait for the GPU, where there is one."""
+    if DEVICE.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def take_turns(bench: Bench, names: list[str]) -> dict[str, dict[str, list[float]]]:
+    """Time all variants round by round; each is warmed up with small batches before."""
+    spent: dict[str, dict[str, list[float]]] = {name: {"clock": [], "cpu": []} for name in names}
+    for turn in range(bench.sizes.rounds + 1):
+        for name in names:
+            variant = VARIANTS[name]
+            batches = bench.chosen(variant.batches)
+            if not turn and variant.batches == "random":
+                batches = batches[:1]
+            if not turn and variant.batches == "padded" and DEVICE.type == "cpu":
+                continue  # as long as a whole round of the others; its kernels are theirs
+            with bench.prepared(variant):
+                clock, cpu = seconds_of(bench, variant, batches)
+            print(f"round {turn}  {name:<12} {clock:8.3f} s", flush=True)
+            if turn:
+                spent[name]["clock"].append(clock)
+                spent[name]["cpu"].append(cpu)
+    return spent
+
+
+def timed(bench: Bench, names: list[str]) -> list[dict]:
+    """A row per variant: medians, and ratios to its base and to plain, of the same rounds."""
+    spent = take_turns(bench, names)
+    rows = []
+    for name in names:
+        own, base = spent[name], spent[VARIANTS[name].base or name]
+        row = {"variant": name, **asdict(VARIANTS[name])}
+        for how in ("clock", "cpu"):
+            row |= {
+                f"{how}_seconds": statistics.median(own[how]),
+                f"{how}_factor": median_ratio(base[how], own[how]),
+                f"{how}_plain_over": median_ratio(spent["plain"][how], own[how]),
+            }
+        rows.append(row)
+    return rows
+
+
+def measure(name: str, quick: bool, threads: int) -> dict:
+    """Peak memory of a variant, in a process of its own."""
+    command = [sys.executable, __file__, "--one", name, "--threads", str(threads)]
+    done = subprocess.run(
+        command + ["--quick"] * quick, stdout=subprocess.PIPE, text=True, check=True
+    )
+    result = json.loads(done.stdout.splitlines()[-1])
+    print(result, flush=True)
+    return result
+
+
+def one(name: str, sizes: Sizes) -> dict:
+    """Peak of one step on the variant's largest batch; a small one before fills the optimiser."""
+    variant = VARIANTS[name]
+    with tempfile.TemporaryDirectory() as folder:
+        bench = Bench(Path(folder), sizes, (name,))
+        with bench.prepared(variant):
+            bench.step(variant, bench.batches["bucketed"][0])
+            base = memory_now()
+            bench.step(variant, bench.batches[variant.batches][-1])
+            return {"variant": name, "peak_bytes": memory_peak(), "before_bytes": base}
+
+
+def memory_now() -> int:
+    """Bytes in use; the peak begins anew."""
+    if DEVICE.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        return torch.cuda.memory_allocated()
+    return forget_peak()
+
+
+def memory_peak() -> int:
+    """Most bytes in use since."""
+    return torch.cuda.max_memory_allocated() if DEVICE.type == "cuda" else peak()
+
+
+def run(sizes: Sizes, names: list[str], quick: bool) -> dict:
+    """All measurements."""
+    facts = machine(torch.get_float32_matmul_precision())
+    facts["device"] = torch.cuda.get_device_name() if DEVICE.type == "cuda" else "CPU"
+    result = {"machine": facts, "sizes": asdict(sizes), "parity": parity()}
+    with tempfile.TemporaryDirectory() as folder:
+        bench = Bench(Path(folder), sizes, tuple(names))
+        result["real_share"] = bench.valid
+        result["areas"] = {k: [area(b) for b in bench.chosen(k)] for k in bench.batches}
+        result["timed"] = timed(bench, names)
+        del bench
+    result["memory"] = [measure(name, quick, torch.get_num_threads()) for name in names]
+    return result
+
+
+# --- page and figure ----------------------------------------------------------------------------
+
+
+def table_of(result: dict) -> pd.DataFrame:
+    """Times and memory of all variants."""
+    rows = pd.DataFrame(result["timed"]).set_index("variant")
+    memory = pd.DataFrame(result["memory"]).set_index("variant")
+    return rows.assign(gb=memory["peak_bytes"] / 1e9)
+
+
+def draw(result: dict) -> plt.Figure:
+    """Seconds and memory of every variant, from plain to ours, options below."""
+    use_style()
+    rows = table_of(result)[::-1]
+    colors = [color_of(name) for name in rows.index]
+    fig, (left, right) = plt.subplots(1, 2, figsize=(11, 4.8), sharey=True)
+    labels = [f"{name}: {VARIANTS[name].label}" for name in rows.index]
+    labels = [x if VARIANTS[n].base else n for x, n in zip(labels, rows.index, strict=True)]
+    for ax, column, form in ((left, "clock_seconds", "{:.3g}"), (right, "gb", "{:.1f}")):
+        bars = ax.barh(labels, rows[column], color=colors)
+        ax.bar_label(bars, [form.format(x) for x in rows[column]], padding=3, fontsize=9)
+        ax.margins(x=0.12)
+        ax.grid(axis="y", visible=False)
+    left.set(title="Seconds a step", xlabel="by the clock, medians")
+    right.set(title="Peak memory", xlabel="GB of a process that takes its largest step")
+    return fig
+
+
+def color_of(name: str) -> str:
+    """Red is plain, blue is ours, pale the way between, grey the options."""
+    if VARIANTS[name].option:
+        return MUTED
+    return PAIR_COLORS["P1" if name == "plain" else "N1" if name in ("ours", "ours bf16") else "N2"]
+
+
+def page(result: dict) -> str:
+    """The page of the benchmark; every number in it comes from the result."""
+    rows = table_of(result)
+    sizes = result["sizes"]
+    facts = {**result["machine"], "parity of both models, at most": max(result["parity"].values())}
+    return PAGE.format(
+        name=NAME,
+        facts="\n".join(f"- {key}: {short(value)}" for key, value in facts.items()),
+        verdicts=verdicts(rows),
+        ladder=lines(rows[rows["option"] == ""]),
+        options=lines(rows[rows["option"] != ""]),
+        share=f"{result['real_share']:.0%}",
+        vision=sizes["steps"][0],
+        audio=sizes["steps"][1],
+        **{k: sizes[k] for k in ("B", "d", "layers", "tokens", "rounds", "batches", "utterances")},
+    )
+
+
+def verdicts(rows: pd.DataFrame) -> str:
+    """What was asked for beside what was found."""
+    found = [
+        f"| plain / {name} | at least 5 | {rows['clock_plain_over'][name]:.1f} "
+        f"| {rows['cpu_plain_over'][name]:.1f} | {rows['gb']['plain'] / rows['gb'][name]:.1f} |"
+        for name in ("ours", "ours bf16")
+    ]
+    return "\n".join(found)
+
+
+def lines(rows: pd.DataFrame) -> str:
+    """Rows of a table, one per variant."""
+    return "\n".join(
+        f"| {name} | {row['label'] if row['base'] else ''} | {row['base']} "
+        f"| {row['clock_seconds']:.3g} | {row['cpu_seconds']:.3g} "
+        f"| {format(row['clock_factor'], '.2f') if row['base'] else ''} "
+        f"| {row['clock_plain_over']:.1f} | {row['gb']:.1f} |"
+        for name, row in rows.iterrows()
+    )
+
+
+def short(value: object) -> str:
+    """A number in few digits."""
+    return f"{value:.2g}" if isinstance(value, float) else str(value)
+
+
+PAGE = """# One fine-tuning step: a plain implementation and ours
+
+Written by `python bench/training_step.py`; every number below comes from
+`results/bench/{name}.json`.
+
+Stage 2 at the released shapes: batches of {B}, {vision} vision and {audio} audio steps, {tokens}
+tokens, a text backbone of {layers} layers, width {d}, adapters of two layers as wide, frozen. A
+step is forward, loss, backward and AdamW; reading the batch from disk is not in it. Lengths of the
+{utterances} generated utterances vary as in a corpus whose maximum is mean + 3 deviations: {share}
+of the vision and audio steps are real. Weights are random, which changes no time.
+
+*Plain* is written for this benchmark from the facts that the audit lists: no trimming, masks
+ignored in adapters and means, attention written out, default fp32, a Python loop over the pair
+matrix, text tokenised in the step. At equal weights, with padding let in, the library gives the
+same loss and gradient (checked at each start, see below).
+
+{facts}
+
+![seconds and memory of every variant]({name}.png)
+
+## Asked and found
+
+| | asked | by the clock | by processor time | memory |
+|---|---:|---:|---:|---:|
+{verdicts}
+
+## What each measure contributes
+
+Each line adds one measure to the line before. Factor: how many times faster than that line; the
+last column but one: than plain. Medians of {rounds} rounds in which all take turns; a step is the
+mean over {batches} batches, evenly spread over the lengths that occur.
+
+| variant | measure | on top of | seconds | processor seconds | factor | over plain | peak GB |
+|---|---|---|---:|---:|---:|---:|---:|
+{ladder}
+
+A factor belongs to its place: behind another measure the same one may contribute more or less.
+PyTorch's fused attention on a CPU takes no dropout; the trained layers have dropout and fall back
+to the same matrix products, so the kernel pays there only in frozen adapters. In the library these
+are in evaluation mode; the plain ones are not. Peak memory is that of the whole process on the
+largest batch of the variant's kind, weights and optimiser included.
+
+## Options
+
+Each alone on top of one of the above.
+
+| option | | on top of | seconds | processor seconds | factor | over plain | peak GB |
+|---|---|---|---:|---:|---:|---:|---:|
+{options}
+
+Cutting the gradient between frozen adapters and the backbones changes what is trained, not only
+how fast; it is a setting, and not the default. Compilation itself is not in the time.
+"""
+
+
+def main() -> None:
+    """Measure, write the record, the figure and the page; or one variant for the parent."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="tiny sizes, nothing written")
+    parser.add_argument("--page", action="store_true", help="redraw from the committed results")
+    parser.add_argument("--rounds", type=int, help="how often all variants take their turn")
+    parser.add_argument("--batches", type=int, help="steps per variant and turn")
+    parser.add_argument("--skip", nargs="*", default=[], choices=OPTIONS, help="options left out")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--one", choices=VARIANTS, help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    torch.set_num_threads(given.threads)
+    warnings.filterwarnings("ignore", message=".*(enable_nested_tensor|Online softmax).*")
+    sizes = TINY if given.quick else Sizes()
+    chosen = {k: v for k in ("rounds", "batches") if (v := getattr(given, k))}
+    if given.one:
+        print(json.dumps(one(given.one, sizes)))
+        return
+    if given.page:
+        result = json.loads((RESULTS / f"{NAME}.json").read_text())
+    else:
+        names = [name for name in VARIANTS if name not in given.skip]
+        result = run(replace(sizes, **chosen), names, given.quick)
+    if given.quick:
+        draw(result)
+        print(page(result))
+        return
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    (RESULTS / f"{NAME}.json").write_text(json.dumps(result, indent=1) + "\n")
+    save_figure(draw(result), NAME, "bench", producer="training_step", folder=DOCS)
+    (DOCS / f"{NAME}.md").write_text(page(result))
+
+
+if __name__ == "__main__":
+    main()
