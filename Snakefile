@@ -16,6 +16,8 @@ import shlex
 import sys
 from pathlib import Path
 
+from snakemake.exceptions import WorkflowError
+
 from conki_lib import ablation, pipeline
 from conki_lib.config import ROOT, RunConfig
 from conki_lib.records import runs_dir, slug
@@ -99,7 +101,11 @@ def agree():
 
 
 if workflow.is_main_process:
-    agree()
+    try:  # also where Snakemake was called directly; a plan made beside a pipeline changes nothing
+        if pipeline.hold(RUNS, needed=not pipeline.only_plans(sys.argv)):
+            agree()
+    except (RuntimeError, OSError) as error:
+        raise WorkflowError(str(error)) from None
 
 TRAINED = [marker("stage1", f"s{seed}") for seed in STAGE_1_SEEDS]
 TRAINED += [marker(name, f"s{seed}", fold) for name, seed, fold in CONFIGS]

@@ -1,6 +1,6 @@
 """One fine-tuning step at the released shapes: a plain implementation against this library's.
 
-    python bench/training_step.py            # on two cores about an hour, 15 GB of memory
+    python bench/training_step.py            # on two cores about an hour, 20 GB of memory
     python bench/training_step.py --quick    # tiny sizes, nothing written
     python bench/training_step.py --page     # page and figure from the committed results
 
@@ -49,7 +49,7 @@ from conki_lib.config import MODALITIES, ModelConfig, RunConfig
 from conki_lib.data import Batch, make_loader, open_store, tokenise
 from conki_lib.data.store import write_store
 from conki_lib.encoders import TransformerStack, load_tokenizer
-from conki_lib.fitting import make_optimizer, precision
+from conki_lib.fitting import _InParts, make_optimizer, precision
 from conki_lib.losses import contrastive_loss, log_f, task_loss
 from conki_lib.model import build_model, freeze_for_fine_tuning
 from conki_lib.plots.style import MUTED, PAIR_COLORS, save_figure, use_style
@@ -58,6 +58,7 @@ from conki_lib.training import Objective
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 NAME = "training_step" + ("" if DEVICE.type == "cpu" else f"_{DEVICE.type}")
 CORPUS = "shapes"  # of the generated corpus
+PARTS = 4  # of a batch, where it is taken in parts
 MEAN, DEVIATION = 0.35, 0.65 / 3  # duration over the maximum: mean + 3 deviations is the maximum
 
 
@@ -100,7 +101,7 @@ class Variant:
     tokenised: bool = False
     fused: bool = False
     precision: str = "fp32"
-    option: str = ""  # of the library: "detached", "compiled", "recomputed"
+    option: str = ""  # of the library; see `_ladder`
 
 
 def _ladder() -> dict[str, Variant]:
@@ -125,6 +126,7 @@ def _ladder() -> dict[str, Variant]:
         "detached": ("ours bf16", "no gradient through adapters (adapter_gradient: false)"),
         "compiled": ("ours bf16", "torch.compile of all Transformer stacks"),
         "recomputed": ("ours", "activations recomputed (checkpoint_activations: true)"),
+        "in parts": ("ours", f"in {PARTS} parts, recomputed one by one (accumulate: {PARTS})"),
     }
     for name, (base, label) in options.items():
         variants[name] = replace(variants[base], label=label, base=base, option=name)
@@ -455,19 +457,20 @@ class Bench:
     def step(self, variant: Variant, batch: Batch) -> float:
         """Take one step; return the loss."""
         optimizer = self.optimizers["ours" if variant.library else "plain"]
-        optimizer.zero_grad()
         loss = self.loss(variant, batch)
         loss.backward()
         if variant.library:
             trained = [p for p in self.ours.parameters() if p.requires_grad]
             nn.utils.clip_grad_norm_(trained, self.config.stage2.clip)
         optimizer.step()
+        optimizer.zero_grad()  # the other model may need the memory
         return loss.item()
 
     def loss(self, variant: Variant, batch: Batch) -> Tensor:
         """The whole loss of a batch."""
         if variant.library:
-            return self.objective(self.ours(batch), batch.y)["loss"]
+            parts = batch.parts(PARTS if variant.option == "in parts" else 1)
+            return self.objective(_InParts(self.ours)(parts), batch.y)["loss"]
         inputs, masks = dict(batch.inputs), {m: batch.mask(m) for m in MODALITIES}
         if not variant.tokenised:
             inputs["t"] = self.tokenised(batch)
@@ -650,7 +653,8 @@ def run(sizes: Sizes, names: list[str], quick: bool) -> dict:
         result["areas"] = {k: [area(b) for b in bench.chosen(k)] for k in bench.batches}
         result["timed"] = timed(bench, names)
         del bench
-    result["memory"] = [measure(name, quick, torch.get_num_threads()) for name in names]
+    alone = ["plain", "ours"] if quick else names
+    result["memory"] = [measure(name, quick, torch.get_num_threads()) for name in alone]
     return result
 
 
@@ -772,8 +776,9 @@ mean over {batches} batches, evenly spread over the lengths that occur.
 A factor belongs to its place: behind another measure the same one may contribute more or less.
 PyTorch's fused attention on a CPU takes no dropout; the trained layers have dropout and fall back
 to the same matrix products, so the kernel pays there only in frozen adapters. In the library these
-are in evaluation mode; the plain ones are not. Peak memory is that of the whole process on the
-largest batch of the variant's kind, weights and optimiser included.
+are in evaluation mode; the plain ones are not. In bf16 on a CPU the library asks for the plain
+products throughout, since the fused kernel's way back is slow there. Peak memory is that of the
+whole process on the largest batch of the variant's kind, weights and optimiser included.
 
 ## Options
 

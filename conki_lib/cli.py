@@ -48,11 +48,20 @@ def convert(
     label_range: Annotated[
         tuple[float, float] | None, typer.Option(help="lowest and highest label")
     ] = None,
+    folds: Annotated[Path | None, typer.Option(help="of .csd: JSON, video ids per split")] = None,
+    role: Annotated[
+        list[str] | None, typer.Option(help="of .csd: v=FILE and so on, as often as needed")
+    ] = None,
+    number_duplicates: Annotated[
+        bool, typer.Option("--number-duplicates", help="of one split; default: an error")
+    ] = False,
 ) -> None:
     """Convert a published file to a store."""
     from conki_lib.data import convert
 
     options = {"name": name, "format": format, "language": language, "label_range": label_range}
+    options |= {"folds": folds, "number_duplicates": number_duplicates}
+    options["roles"] = dict(r.partition("=")[::2] for r in role) if role else None
     typer.echo(convert(source, destination, **options))
 
 
@@ -77,6 +86,21 @@ def run(
     from conki_lib.notebook import run_notebook
 
     typer.echo(run_notebook(notebook, profile=profile, assignments=parameter or (), output=output))
+
+
+@app.command()
+def train(
+    profile: Annotated[str, typer.Option(help="configs/<profile>.yml")] = "synthetic",
+    variant: Annotated[str, typer.Option(help="row of the tables")] = "full",
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+) -> None:
+    """Run or load one row without a notebook; several processes: see the README."""
+    from conki_lib.ablation import configure, run_or_load
+    from conki_lib.fitting import is_main
+
+    record = run_or_load(configure(profile, variant, seed), weights=True)
+    if is_main():
+        _show([{"split": split, **found} for split, found in record.metrics.items()])
 
 
 @app.command()

@@ -1,7 +1,6 @@
 """One `fit` for both stages: seeded, resumable, the same on a CPU, a GPU or several processes."""
 
 import contextlib
-import errno
 import json
 import math
 import os
@@ -25,10 +24,15 @@ from tqdm.auto import tqdm
 
 from conki_lib.config import RuntimeConfig, StageConfig
 from conki_lib.data import Batch
+from conki_lib.disk import explained
 from conki_lib.metrics import mosi_metrics, sims_metrics
 from conki_lib.model import Output, parameter_groups
 from conki_lib.states import StateReader
 
+_GO_ON = (
+    "free some space, or move the runs and name their folder by CONKI_RUNS, and start again: the "
+    "run goes on from its last complete checkpoint"
+)
 # of an output, the truth and the share (see `_share`)
 Criterion = Callable[[Output, Tensor, float], dict[str, Tensor]]
 
@@ -108,7 +112,7 @@ def fit(job: Job) -> tuple[int, list[dict]]:
 
     Raises:
         FloatingPointError: a loss is not finite; names epoch and step.
-        OSError: a checkpoint cannot be written; what was complete is kept.
+        DiskError: a checkpoint cannot be written; what was complete is kept.
     """
     plan, runtime = job.plan, job.runtime
     kwargs = DistributedDataParallelKwargs(find_unused_parameters=True)
@@ -133,9 +137,10 @@ def fit(job: Job) -> tuple[int, list[dict]]:
         }
         row |= {f"valid_{k}": v for k, v in job.score("valid").items()}
         history.append(row | {"seconds": time.perf_counter() - started})
-        if _best_epoch(history) == epoch and accelerator.is_main_process:
-            _save_weights(job.model, job.folder / "model.safetensors")
-        _checkpoint(job, accelerator, history)
+        with explained("the checkpoint", job.folder, _GO_ON):
+            if _best_epoch(history) == epoch and accelerator.is_main_process:
+                _save_weights(job.model, job.folder / "model.safetensors")
+            _checkpoint(job, accelerator, history)
         _report(job, history)
     if not history:  # zero epochs: the model as it starts
         _save_weights(job.model, job.folder / "model.safetensors")
@@ -273,19 +278,16 @@ def _checkpoint(job: Job, accelerator: Accelerator, history: list) -> None:
     """Write all that is needed to go on; the earlier checkpoint stays until the new one is
     whole."""
     aside, earlier = job.folder / ".checkpoint.new", _checkpoints(job.folder)
-    try:
-        if accelerator.is_main_process:
-            shutil.rmtree(aside, ignore_errors=True)
-        accelerator.wait_for_everyone()
-        accelerator.save_state(str(aside))
-        accelerator.wait_for_everyone()
-        if accelerator.is_main_process:
-            (aside / "history.json").write_text(json.dumps(history))
-            aside.rename(job.folder / f"checkpoint-{len(history):04d}")
-            remove_checkpoints(earlier)
-        accelerator.wait_for_everyone()
-    except OSError as error:
-        raise _explained(error, job) from error
+    if accelerator.is_main_process:
+        shutil.rmtree(aside, ignore_errors=True)
+    accelerator.wait_for_everyone()
+    accelerator.save_state(str(aside))
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        (aside / "history.json").write_text(json.dumps(history))
+        aside.rename(job.folder / f"checkpoint-{len(history):04d}")
+        remove_checkpoints(earlier)
+    accelerator.wait_for_everyone()
 
 
 def remove_checkpoints(paths: list[Path] | Path) -> None:
@@ -298,16 +300,6 @@ def _save_weights(model: nn.Module, path: Path) -> None:
     aside = path.with_name(f".{path.name}.new")
     save_file({k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}, aside)
     aside.replace(path)
-
-
-def _explained(error: OSError, job: Job) -> OSError:
-    if error.errno != errno.ENOSPC:
-        return error
-    message = (
-        f"no space left for the checkpoint in {job.folder}: free some and start again; "
-        "the run goes on from its last complete checkpoint"
-    )
-    return OSError(errno.ENOSPC, message)
 
 
 def is_main() -> bool:
@@ -323,8 +315,8 @@ def precision(name: str) -> Iterator[None]:
     """Set how matrix products are computed, and put it back after.
 
     fp32: full single precision. fp32-fast: oneDNN on a CPU (checked: still single precision),
-    TF32 on a GPU. bf16: autocast to bfloat16; losses and norms stay in fp32. A CPU's fused attention
-    takes eight times as long as the plain one to go back through short bfloat16 sequences.
+    TF32 on a GPU. bf16: autocast to bfloat16; losses and norms stay in fp32. On a CPU attention is
+    then the plain one: the fused one takes eight times as long to go back through short sequences.
     """
     before = torch.get_float32_matmul_precision()
     gpu = torch.cuda.is_available()
@@ -334,7 +326,10 @@ def precision(name: str) -> Iterator[None]:
     try:
         with contextlib.ExitStack() as stack:
             if name == "bf16":
-                stack.enter_context(torch.autocast("cuda" if gpu else "cpu", torch.bfloat16))
+                # a cache of cast weights would last as long as this context: they would stay as
+                # they were before the first step
+                autocast = torch.autocast("cuda" if gpu else "cpu", torch.bfloat16, True, False)
+                stack.enter_context(autocast)
                 if not gpu:
                     stack.enter_context(sdpa_kernel(SDPBackend.MATH))
             yield

@@ -1,7 +1,8 @@
 """The losses: similarity f(p, q), contrastive loss L_con in both forms, task loss L_task."""
 
+import contextlib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.distributed as dist
@@ -9,7 +10,7 @@ from jaxtyping import Float, Real
 from torch import Tensor
 
 from conki_lib.config import near_names
-from conki_lib.pairs import REPS, Labels, check_sets, pair_masks
+from conki_lib.pairs import REPS, Labels, as_labels, check_sets, pair_masks
 from conki_lib.tiles import ClosedForm, TiledLoss, lengths, others
 
 FORMS = ("released", "paper")
@@ -95,14 +96,16 @@ def contrastive_loss(
     Raises:
         ValueError: shapes that do not fit, or an unknown name, form, reading, set or method.
 
+    The closed form (tiled, auto) gives first derivatives only; dense gives second ones too.
+
     Source: section 4; released form: supervised contrastive loss, Khosla et al. 2020.
     Differs: ordered pairs throughout; symmetric N1 by default.
     """
+    y = as_labels(y).to(reps.device)
     _check(reps, y, names, tau, form, method)
     check_sets(n1, without)
-    y = torch.as_tensor(y, device=reps.device)
     gather = gather and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
-    with torch.autocast(reps.device.type, enabled=False):
+    with torch.autocast(reps.device.type, enabled=False), full_products(reps.device):
         reps = _at_least_fp32(reps)
         if method == "dense":
             reps, y = _union(reps, y) if gather else (reps, y)
@@ -141,12 +144,24 @@ def dense_loss(
     return losses.sum() if form == "paper" else losses.sum() / (n > 0).sum().clamp(min=1)
 
 
+@contextlib.contextmanager
+def full_products(device: torch.device) -> Iterator[None]:
+    """Keep a GPU from TF32: its error of 1e-3 in a cosine would be divided by tau."""
+    before = torch.get_float32_matmul_precision()
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
 def _at_least_fp32(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
 def _check(
-    reps: Tensor, y: Labels, names: Sequence[str], tau: float, form: str, method: str
+    reps: Tensor, y: Tensor, names: Sequence[str], tau: float, form: str, method: str
 ) -> None:
     """Refuse shapes and settings that do not fit, naming the way out."""
     if reps.ndim != 3 or reps.shape[1] != len(names):

@@ -25,7 +25,7 @@ from conki_lib.config import ROOT, near_names, read_profile
 NOTEBOOKS = ROOT / "notebooks"
 HEADLESS = "CONKI_HEADLESS"
 # glibc keeps freed memory: a training step touches the same pages again instead of asking for new
-# ones, which takes a fifth off a step of the default profile; other allocators ignore it
+# ones; other allocators ignore it
 ALLOCATOR = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**34)}
 _SCALARS = {"int": int, "float": float, "str": str, "bool": bool}
 
@@ -240,7 +240,10 @@ def _execute(path: Path, values: dict[str, Any], target: Path, failed: Path) -> 
     failed.mkdir(parents=True, exist_ok=True)
     aside = failed / f"{path.stem}-{datetime.now():%Y%m%d-%H%M%S}-{uuid.uuid4().hex[:6]}.ipynb"
     try:
-        with _environment(**{HEADLESS: "1"}, **ALLOCATOR), TemporaryDirectory(prefix="conki-") as sockets:
+        with (
+            _environment(**{HEADLESS: "1"}, **ALLOCATOR),
+            TemporaryDirectory(prefix="conki-") as sockets,
+        ):
             # sockets of its own: runs side by side cannot meet on a port
             own = {"transport": "ipc", "ip": f"{sockets}/kernel"}
             papermill.execute_notebook(

@@ -21,7 +21,7 @@ REPS = ("O_t", "O_v", "O_a", "A_t", "A_v", "A_a")
 SETS = ("P1", "P2", "N1", "N2")
 N1_READINGS = ("symmetric", "literal")
 
-Labels = Real[Tensor, " B"] | Real[np.ndarray, " B"] | Sequence[float]
+Labels = Real[Tensor, " B"] | Real[np.ndarray, " B"] | pd.Series | Sequence[float]
 
 
 @dataclass(frozen=True)
@@ -68,6 +68,20 @@ class Rows(NamedTuple):
         return Rows(*(entry[part] for entry in self))
 
 
+def as_labels(y: Labels) -> Real[Tensor, " B"]:
+    """Take labels as a tensor; numbers that are no tensor keep the precision that they have.
+
+    Raises:
+        ValueError: not one label per sample.
+    """
+    if not isinstance(y, Tensor):
+        values = np.array(y)
+        y = torch.from_numpy(values if values.dtype.kind == "f" else values.astype(np.float64))
+    if y.ndim != 1:
+        raise ValueError(f"y {tuple(y.shape)} must be (B,): one label per sample")
+    return y
+
+
 def sentiment_class(y: Labels) -> Int[Tensor, " B"]:
     """Round sentiment intensities to their class r(y), half to even.
 
@@ -80,12 +94,12 @@ def sentiment_class(y: Labels) -> Int[Tensor, " B"]:
         One whole number per sample.
 
     Raises:
-        ValueError: a label is NaN or infinite; names its place.
+        ValueError: a label is NaN or infinite, its place is named; or y is not (B,).
 
     Source: section 3, r(.).
     Differs: nothing; the paper leaves ties open, numpy and torch round them half to even.
     """
-    y = torch.as_tensor(y)
+    y = as_labels(y)
     if y.is_floating_point() and not y.isfinite().all():
         place = int((~y.isfinite()).nonzero()[0])
         raise ValueError(f"y[{place}] is {float(y[place])}: every sample needs a finite label")

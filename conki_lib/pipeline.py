@@ -8,6 +8,7 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import sys
 from collections.abc import Sequence
 from datetime import datetime
@@ -17,6 +18,7 @@ from typing import NoReturn
 import pandas as pd
 
 from conki_lib.config import ROOT, RunConfig
+from conki_lib.disk import explained
 from conki_lib.records import (
     load_records,
     local_records,
@@ -25,6 +27,8 @@ from conki_lib.records import (
     run_folder,
     runs_dir,
 )
+
+_HOLDER = "CONKI_LOCK_HOLDER"  # the process that has locked the runs; `exec` keeps its number
 
 
 def parse_seeds(text: str) -> list[int]:
@@ -107,9 +111,11 @@ def lock(folder: Path) -> int:
 
     Raises:
         RuntimeError: another pipeline works there; names its process.
+        DiskError: the folder cannot be written.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    file = os.open(folder / ".pipeline.lock", os.O_RDWR | os.O_CREAT)
+    with explained("runs", folder, "free some space, or name another folder by CONKI_RUNS=..."):
+        folder.mkdir(parents=True, exist_ok=True)
+        file = os.open(folder / ".pipeline.lock", os.O_RDWR | os.O_CREAT)
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -122,7 +128,37 @@ def lock(folder: Path) -> int:
     os.truncate(file, 0)
     os.pwrite(file, str(os.getpid()).encode(), 0)
     os.set_inheritable(file, True)
+    os.environ[_HOLDER] = str(os.getpid())
     return file
+
+
+def hold(folder: Path, *, needed: bool) -> bool:
+    """Lock a folder of runs, unless this very process holds it since before ``exec``.
+
+    Args:
+        folder: of runs.
+        needed: raise where another pipeline works there; else only say no.
+
+    Returns:
+        Whether this process holds the lock.
+
+    Raises:
+        RuntimeError, DiskError: see `lock`; only where `needed`.
+    """
+    if os.environ.get(_HOLDER) == str(os.getpid()):
+        return True
+    try:
+        lock(folder)
+    except (RuntimeError, OSError):
+        if needed:
+            raise
+        return False
+    return True
+
+
+def only_plans(arguments: Sequence[str]) -> bool:
+    """Do these arguments of Snakemake ask for a plan alone: ``-n``, ``-np``, ``--dry-run``?"""
+    return any(re.fullmatch(r"-[a-zA-Z]*n[a-zA-Z]*|--dry-?run", word) for word in arguments)
 
 
 def command(
@@ -150,7 +186,7 @@ def start(profile: str, *, fresh: bool = False, extra: Sequence[str] = (), **opt
         RuntimeError: another pipeline works in this folder.
     """
     RunConfig.from_profile(profile)
-    if not {"-n", "--dry-run", "--dryrun"} & set(extra):
+    if not only_plans(extra):
         lock(runs_dir(profile).parent)
         if fresh:
             set_aside(profile)

@@ -6,6 +6,7 @@ hidden states of every utterance, valid steps only. It is keyed by everything th
 and shared by all runs that agree.
 """
 
+import contextlib
 import hashlib
 import json
 import shutil
@@ -20,6 +21,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from conki_lib.data import Batch
+from conki_lib.disk import explained
 from conki_lib.encoders import Encoded
 from conki_lib.model import ConKI
 from conki_lib.records import code_hash, runs_dir
@@ -27,6 +29,7 @@ from conki_lib.records import code_hash, runs_dir
 LARGEST = (
     32 * 2**30
 )  # bytes of one modality's states; above it, backbones are run anew in every epoch
+_GO_ON = "free some space, or set stage1_cache to false, which computes them anew in every epoch"
 
 
 class States:
@@ -110,7 +113,8 @@ def cached_states(
                 say(f"states of {modality}: {size / 1e9:.1f} GB are too many to cache; recomputing")
                 return None
             say(f"caching the states of modality {modality}: about {size / 1e6:.0f} MB")
-            _write(model, loader, folder, modality)
+            with explained("the cache of hidden states", folder.parent, _GO_ON):
+                _write(model, loader, folder, modality)
     return States(folder)
 
 
@@ -122,25 +126,25 @@ def _write(model: ConKI, loader: DataLoader, folder: Path, modality: str) -> Non
     device = next(model.parameters()).device
     count = len(loader.dataset)
     pan, spans = np.zeros((count, model.config.d), np.float32), np.zeros((count, 2), np.int64)
-    files = {layer: open(aside / f"hidden{layer}.bin", "wb") for layer in layers}
     written = 0
     try:
-        for batch in loader:
-            encoded = model.encode_one(modality, batch.to(device))
-            pan[batch.index] = encoded.pan.float().cpu().numpy()
-            lengths = encoded.mask.sum(1).cpu().numpy()
-            starts = written + np.concatenate([[0], np.cumsum(lengths)[:-1]])
-            spans[batch.index] = np.stack([starts, lengths], axis=1)
-            written += int(lengths.sum())
-            for layer, file in files.items():
-                file.write(encoded.hidden[layer][encoded.mask].float().cpu().numpy().tobytes())
-        for file in files.values():
-            file.close()
+        with contextlib.ExitStack() as stack:
+            files = {
+                layer: stack.enter_context(open(aside / f"hidden{layer}.bin", "wb"))
+                for layer in layers
+            }
+            for batch in loader:
+                encoded = model.encode_one(modality, batch.to(device))
+                pan[batch.index] = encoded.pan.float().cpu().numpy()
+                lengths = encoded.mask.sum(1).cpu().numpy()
+                starts = written + np.concatenate([[0], np.cumsum(lengths)[:-1]])
+                spans[batch.index] = np.stack([starts, lengths], axis=1)
+                written += int(lengths.sum())
+                for layer, file in files.items():
+                    file.write(encoded.hidden[layer][encoded.mask].float().cpu().numpy().tobytes())
         np.save(aside / "pan.npy", pan)
         np.save(aside / "spans.npy", spans)
         (aside / "states.json").write_text(json.dumps({"layers": list(layers)}))
         aside.rename(folder)
     finally:
-        for file in files.values():
-            file.close()
         shutil.rmtree(aside, ignore_errors=True)

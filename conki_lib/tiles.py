@@ -88,7 +88,7 @@ class ClosedForm:
         rows = rows_of(y, names)
         self.order = (2 * (rows.row >= self.own) + ~rows.pan).sort(stable=True).indices
         self.rows, self.z = rows.at(self.order), flat.index_select(0, self.order)
-        self.length = lengths(self.z)
+        self.length = torch.cat([lengths(part) for part in self.z.split(TILE)])
         self.z /= self.length
         self.tau, self.form, self.n1, self.without, self.gather = tau, form, n1, without, gather
         self.wide = torch.float64 if 1 / tau > FP32_REACH else self.z.dtype
@@ -236,8 +236,11 @@ class ClosedForm:
 
 
 def lengths(x: Float[Tensor, "*rows d"]) -> Float[Tensor, "*rows 1"]:
-    """Measure vectors; a zero vector counts as infinitely long: it scales to 0, with gradient 0."""
-    length = x.norm(dim=-1, keepdim=True)
+    """Measure vectors; a zero vector counts as infinitely long: it scales to 0, with gradient 0.
+
+    Squares are summed in float64: those of 1e20 or 1e-24 are no fp32 numbers.
+    """
+    length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float64).to(x.dtype)
     return length.masked_fill(length == 0, math.inf)
 
 

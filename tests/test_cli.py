@@ -35,6 +35,24 @@ def test_help_lists_the_commands_of_the_readme(conki):
     assert all(name in result.stdout for name in ("fetch", "convert", "inspect", "run", "doctor"))
 
 
+def test_train_runs_one_row_and_prints_its_metrics(conki, monkeypatch):
+    from types import SimpleNamespace
+
+    from conki_lib import ablation
+
+    asked = []
+
+    def run(config, *, weights):
+        asked.append((config.variant, config.runtime.seed, weights))
+        return SimpleNamespace(metrics={"valid": {"mae": 0.5}, "test": {"mae": 0.75}})
+
+    monkeypatch.setattr(ablation, "run_or_load", run)
+    result = conki("train", "--profile", "mosi-open", "--variant", "w/o N1", "--seed", 3)
+    assert asked == [("w/o N1", 3, True)]
+    assert result.exit_code == 0 and "0.75" in result.stdout
+    assert failed(conki("train", "--variant", "w/o N3"), "w/o N1")
+
+
 def test_run_executes_a_notebook_with_typed_parameters(conki, tmp_path):
     path = tmp_path / "toy.ipynb"
     cell = new_code_cell("seed: int = 0  # of everything", metadata={"tags": ["parameters"]})

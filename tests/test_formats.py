@@ -413,6 +413,7 @@ def test_a_stopped_conversion_leaves_nothing_that_looks_complete(
         assert [p.name for p in tmp_path.iterdir()] == ["x.pkl"]
     assert re.search(r"vision: +\d+%.*[kM]?B?/.*<.*B/s", shown)  # bytes, time left, speed
     store = open_store(convert(source, tmp_path / "s"))
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["s", "x.pkl"]
     assert sum(store.info.counts["standard"].values()) == 506
     other = open_store(convert(source, tmp_path / "t", name="s"))
     assert store.fingerprint == other.fingerprint

@@ -3,6 +3,7 @@
 import itertools
 import math
 
+import jaxtyping
 import pytest
 import torch
 from test_pairs import paper_sets
@@ -10,7 +11,7 @@ from torch.autograd import gradcheck
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from conki_lib import losses, tiles
-from conki_lib.losses import contrastive_loss, dense_loss, log_f, task_loss
+from conki_lib.losses import contrastive_loss, dense_loss, full_products, log_f, task_loss
 from conki_lib.pairs import REPS, row_names
 
 METHODS = ("dense", "tiled", "auto")
@@ -334,3 +335,38 @@ def test_wrong_settings_are_named(change, message):
 def test_a_label_for_every_sample():
     with pytest.raises(ValueError, match="3 samples, y 2"):
         contrastive_loss(random_reps(3), [0.0, 0.0])
+
+
+@pytest.mark.parametrize("method", ["dense", "tiled", "auto"])
+@pytest.mark.parametrize("shape", [(), (4, 1), (4, 2)])
+def test_labels_must_be_one_per_sample(method, shape, request):
+    # as for a user, whose calls no type checker sees
+    jaxtyping.config.update("jaxtyping_disable", True)
+    request.addfinalizer(lambda: jaxtyping.config.update("jaxtyping_disable", False))
+    with pytest.raises(ValueError, match=r"must be \(B,\)"):
+        contrastive_loss(torch.randn(4, 6, 5), torch.zeros(shape), method=method)
+
+
+@pytest.mark.parametrize("method", ["dense", "tiled", "auto"])
+@pytest.mark.parametrize("scale", [1e20, 1e-24])
+def test_very_long_and_very_short_vectors_keep_their_directions(method, scale):
+    g = torch.Generator().manual_seed(0)
+    reps, y = torch.randn(4, 6, 5, generator=g), torch.tensor([1.0, 1.0, 0.0, 0.0])
+    wanted = contrastive_loss(reps, y, method=method)
+    scaled = (reps * scale).requires_grad_()
+    loss = contrastive_loss(scaled, y, method=method)
+    torch.testing.assert_close(loss, wanted, rtol=1e-5, atol=1e-6)
+    assert scaled.grad is None and torch.autograd.grad(loss, scaled)[0].abs().max() > 0
+
+
+def test_products_of_a_gpu_are_full_fp32_and_the_setting_comes_back():
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    try:
+        with full_products(torch.device("cuda")):
+            assert torch.get_float32_matmul_precision() == "highest"
+        assert torch.get_float32_matmul_precision() == "medium"
+        with full_products(torch.device("cpu")):
+            assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision(before)

@@ -3,6 +3,7 @@
 import itertools
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from hypothesis import given, settings
@@ -156,3 +157,11 @@ def test_misspelt_settings_are_refused_with_the_near_names(options, message):
     for f in (pair_masks, pair_table):
         with pytest.raises(ValueError, match=message):
             f(torch.tensor([0.0, 1.0]), **options)
+
+
+@pytest.mark.parametrize("kind", [list, tuple, np.array, pd.Series, lambda y: np.array(y)[::-1]])
+def test_labels_of_any_kind_keep_their_precision(kind):
+    y = [0.50000000001, 0.5, -0.5, 1.5]
+    wanted = [1, 0, 0, 2]
+    found = sentiment_class(kind(y)).tolist()
+    assert found == (wanted[::-1] if "lambda" in kind.__name__ else wanted)

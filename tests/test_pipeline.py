@@ -107,6 +107,47 @@ def test_a_second_pipeline_is_refused_and_a_killed_one_leaves_no_lock(tmp_path):
     os.close(pipeline.lock(tmp_path))
 
 
+@pytest.mark.parametrize("words", [["-n"], ["train", "-np"], ["--dry-run"], ["--dryrun"]])
+def test_a_plan_is_recognised(words):
+    assert pipeline.only_plans(words)
+
+
+@pytest.mark.parametrize(
+    "words", [[], ["train"], ["--nolock", "--cores", "2"], ["-p", "figures-n"]]
+)
+def test_a_run_is_no_plan(words):
+    assert not pipeline.only_plans(words)
+
+
+def test_beside_a_pipeline_a_plan_changes_nothing_and_snakemake_itself_is_refused(tmp_path):
+    runs = tmp_path / "runs"
+    jobs = runs / "synthetic/.jobs"
+    jobs.mkdir(parents=True)
+    for name in ("stage1-s0", "merge"):  # nothing is finished: alone, a plan would remove them
+        (jobs / name).touch()
+    environment = os.environ | {"CONKI_RUNS": str(runs), "CONKI_DATA": str(tmp_path / "data")}
+
+    def call(*extra: str) -> tuple[int, str]:
+        command = pipeline.command("synthetic", rows="w/o C1", extra=extra)
+        done = subprocess.run(
+            command, capture_output=True, text=True, env=environment, check=False, cwd=tmp_path
+        )
+        return done.returncode, done.stdout + done.stderr
+
+    file = pipeline.lock(runs)
+    try:
+        code, _ = call("--dry-run", "--quiet", "all")
+        assert code == 0
+        code, said = call("train")
+        assert code != 0 and f"another pipeline (process {os.getpid()}) works in" in said
+        assert "Traceback" not in said
+        assert sorted(p.name for p in jobs.iterdir()) == ["merge", "stage1-s0"]
+    finally:
+        os.close(file)
+    code, _ = call("--dry-run", "--quiet", "all")
+    assert code == 0 and not list(jobs.iterdir())
+
+
 def test_the_command_leaves_defaults_to_the_snakefile():
     plain = pipeline.command("synthetic", cores=3)
     assert plain[plain.index("--cores") + 1] == "3"

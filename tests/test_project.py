@@ -24,7 +24,7 @@ FLOORS = {
     "training": 3, "fitting": 3, "records": 3, "states": 3,
     "model": 2, "baselines": 2,
     "adapters": 1, "data": 1, "encoders": 1, "losses": 1, "tiles": 1,
-    "config": 0, "metrics": 0, "pairs": 0,
+    "config": 0, "disk": 0, "metrics": 0, "pairs": 0,
 }  # fmt: skip
 MODULE_LINES, ALL_LINES = 330, 8500  # data/ and plots/ are more than half of it
 CONDA_NAMES = {

@@ -13,7 +13,7 @@ import pandas as pd
 import pytest
 from safetensors import safe_open
 
-from conki_lib.data import packing, store
+from conki_lib.data import aside, packing
 from conki_lib.data.store import open_store, write_store
 
 
@@ -205,6 +205,13 @@ def test_fingerprint_depends_on_every_part(tmp_path):
     assert open_store(write(tmp_path / "f")).fingerprint == prints[0]
 
 
+def _in_process(function, *args):
+    process = multiprocessing.get_context("fork").Process(target=function, args=args)
+    process.start()
+    process.join()
+    return process.exitcode
+
+
 def _die_while_writing(path):
     def stream():
         yield from frames(3)
@@ -213,20 +220,55 @@ def _die_while_writing(path):
     write(path, sequences={"v": stream()})
 
 
-def test_a_killed_writer_leaves_nothing_that_looks_finished(tmp_path, monkeypatch):
-    process = multiprocessing.get_context("fork").Process(
-        target=_die_while_writing, args=(tmp_path / "toy",)
-    )
-    process.start()
-    process.join()
-    assert process.exitcode == 9
+def test_a_killed_writer_leaves_nothing_that_looks_finished(tmp_path):
+    assert _in_process(_die_while_writing, tmp_path / "[toy]") == 9
     (left,) = tmp_path.iterdir()
-    assert left.name.startswith(".toy.partial-")
+    assert left.name.startswith(".[toy].partial-")
     with pytest.raises(FileNotFoundError, match="no corpus at"):
-        open_store(tmp_path / "toy")
-    monkeypatch.setattr(store, "_MINUTE", -1.0)  # the next writer clears away
-    write(tmp_path / "toy")
+        open_store(tmp_path / "[toy]")
+    write(tmp_path / "[toy]")  # the next writer clears away, at once
+    assert [p.name for p in tmp_path.iterdir()] == ["[toy]"]
+
+
+def _die_while_replacing(path, renames):
+    rename = type(path).rename
+
+    def count(self, target):
+        nonlocal renames
+        if not renames:
+            os._exit(9)
+        renames -= 1
+        return rename(self, target)
+
+    def die(*_, **__):
+        os._exit(9)
+
+    type(path).rename, aside.shutil = count, SimpleNamespace(rmtree=die)
+    write(path, table(y=[0.0] * 6), overwrite=True)
+
+
+@pytest.mark.parametrize("renames", [0, 1, 2])
+def test_a_writer_killed_while_replacing_loses_neither_store(tmp_path, renames):
+    old = open_store(write(tmp_path / "toy")).fingerprint
+    assert _in_process(_die_while_replacing, tmp_path / "toy", renames) == 9
+    assert len(list(tmp_path.iterdir())) == 2
+    aside.clear_away(tmp_path / "toy")
     assert [p.name for p in tmp_path.iterdir()] == ["toy"]
+    assert (open_store(tmp_path / "toy").fingerprint == old) == (renames < 2)
+
+
+def test_a_folder_swept_before_its_lock_is_given_up(tmp_path, monkeypatch):
+    lock, taken = aside.FileLock, []
+
+    def slow(path):
+        if not taken:  # another process clears away between the folder and its lock
+            taken.append(path)
+            aside.clear_away(tmp_path / "toy")
+        return lock(path)
+
+    monkeypatch.setattr(aside, "FileLock", slow)
+    write(tmp_path / "toy")
+    assert taken and [p.name for p in tmp_path.iterdir()] == ["toy"]
 
 
 def test_two_writers_at_once_leave_one_complete_store(tmp_path):

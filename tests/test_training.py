@@ -245,6 +245,19 @@ def test_learning_rates_rise_and_fall():
     assert constant(39) == 1.0
 
 
+def test_bf16_learns_what_fp32_learns(world):
+    fast = dict(epochs=6, external=None, lr_heads=0.01, lr_sequence=0.01, warmup_epochs=0.0)
+    curves = {
+        name: [
+            h["loss_task"]
+            for h in training.fine_tune(world.replace(precision=name, **fast)).history
+        ]
+        for name in ("fp32", "bf16")
+    }
+    assert curves["fp32"][-1] < 0.9 * curves["fp32"][0]
+    np.testing.assert_allclose(curves["bf16"], curves["fp32"], rtol=0.15)
+
+
 def test_precision_is_put_back():
     before = torch.get_float32_matmul_precision()
     with fitting.precision("fp32-fast"):

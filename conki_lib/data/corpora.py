@@ -14,9 +14,12 @@ from tqdm.auto import tqdm
 
 from conki_lib.config import ROOT, near_names
 from conki_lib.data import open_corpora, synthetic
+from conki_lib.data.damage import damaged
 from conki_lib.data.open_corpora import BC_LSTM, MFN
 from conki_lib.data.packing import SPLITS, Contents
-from conki_lib.data.store import FeatureStore, open_store, source_of, write_store
+from conki_lib.data.pickles import BadFile
+from conki_lib.data.store import open_store, source_of, write_store
+from conki_lib.disk import explained
 
 HOST = "https://raw.githubusercontent.com/"
 REGISTRY = Path(__file__).resolve().parents[2] / "data" / "registry.txt"
@@ -179,7 +182,7 @@ def how_to_get(name: str, root: Path | str | None = None) -> str:
 def fetch(name: str, root: Path | str | None = None) -> Path:
     """Download or build a corpus, verify it, pack it; do nothing if it is there already.
 
-    Public files come from pinned commits on contents.githubusercontent.com, or from the folder
+    Public files come from pinned commits on raw.githubusercontent.com, or from the folder
     $CONKI_MIRROR with the same paths; in both cases their SHA-256 is checked.
 
     Args:
@@ -193,6 +196,7 @@ def fetch(name: str, root: Path | str | None = None) -> Path:
         ValueError: no such corpus; or a file whose checksum is wrong, or that is an HTML page.
         FileNotFoundError: a corpus that only the user can bring; or a file the mirror lacks.
         ConnectionError: the files could not be downloaded.
+        DiskError: the folder is full or cannot be written; nothing half done is kept.
     """
     if name not in CORPORA:
         raise ValueError(
@@ -206,15 +210,19 @@ def fetch(name: str, root: Path | str | None = None) -> Path:
             f"{name} ({corpus.title}) is not at {path} and cannot be fetched: "
             f"{how_to_get(name, root)}"
         )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(path.parent / f".{name}.lock"):
-        if not (path.exists() and _current(open_store(path), corpus)):
-            _build(corpus, path)
+    if _is_current(path, corpus):  # without a lock: the folder may be read-only
+        return path
+    way_out = "free some space, or name another folder by CONKI_DATA; then fetch again"
+    with explained(f"corpus {name!r}", path.parent, way_out):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(path.parent / f".{name}.lock"):
+            if not _is_current(path, corpus):
+                _build(corpus, path)
     return path
 
 
-def _current(store: FeatureStore, corpus: Corpus) -> bool:
-    return store.info.notes.get("recipe") == str(corpus.recipe)
+def _is_current(path: Path, corpus: Corpus) -> bool:
+    return path.exists() and open_store(path).info.notes.get("recipe") == str(corpus.recipe)
 
 
 def _build(corpus: Corpus, path: Path) -> None:
@@ -285,17 +293,8 @@ def _copy_from(mirror: Path) -> Callable[[str, Any, pooch.Pooch], None]:
 
 def _refuse_pages(path: Path, origin: str) -> None:
     """Name what people get in the place of a file, before its checksum is called wrong."""
-    with path.open("rb") as file:
-        head = file.read(200).lstrip().lower()
-    if head.startswith((b"<!doctype", b"<html")):
-        raise ValueError(
-            f"{origin} is an HTML page, not the file: a proxy, a log-in or a quota page came in "
-            "its place; open the address in a browser to see which, then try again"
-        )
-    if head.startswith(b"version https://git-lfs"):
-        raise ValueError(
-            f"{origin} is a git-lfs pointer, not the file: run `git lfs pull` where it came from"
-        )
+    if found := damaged(path):
+        raise BadFile(f"{origin} is {found.what}: {found.way_out}")
 
 
 def status(root: Path | str | None = None) -> list[dict[str, Any]]:

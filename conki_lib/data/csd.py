@@ -7,6 +7,7 @@ it touches; here a row belongs to the segment that holds its midpoint, so none i
 
 import json
 import re
+import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -18,6 +19,7 @@ import numpy as np
 import pandas as pd
 
 from conki_lib.config import MODALITY_NAMES
+from conki_lib.data.damage import damaged
 from conki_lib.data.packing import SPLITS
 from conki_lib.data.pickles import BadFile
 from conki_lib.data.raw import RawCorpus, guess_language
@@ -39,6 +41,8 @@ class CsdFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        if found := damaged(path):
+            raise BadFile(f"{path} is {found.what}: {found.way_out}")
         try:
             self.file = h5py.File(path, "r")
         except OSError as error:
@@ -82,8 +86,8 @@ class CsdFile:
             return "words"
         return {1: "labels", 7: "labels", 74: "a", 35: "v"}.get(self.width, "unused")
 
-    def rows(self, key: str) -> tuple[np.ndarray, np.ndarray]:
-        """Times (n, 2) and features (n, d) of a key, sorted; rows without time are left out."""
+    def unsorted(self, key: str) -> tuple[np.ndarray, np.ndarray]:
+        """Times (n, 2) and features (n, d) of a key as they stand in the file."""
         times = np.asarray(self._dataset(key, "intervals")[()], np.float64).reshape(-1, 2)
         features = np.asarray(self._dataset(key, "features")[()])
         features = features.reshape(len(features), int(np.prod(features.shape[1:])))
@@ -92,6 +96,11 @@ class CsdFile:
                 f"{self.path}: {key} has {len(features)} rows and {len(times)} intervals: "
                 f"get the file again"
             )
+        return times, features
+
+    def rows(self, key: str) -> tuple[np.ndarray, np.ndarray]:
+        """Times and features of a key, sorted by time; rows without time are left out."""
+        times, features = self.unsorted(key)
         order = np.lexsort((times[:, 1], times[:, 0]))
         order = order[np.isfinite(times[order]).all(axis=1)]
         return times[order], features[order]
@@ -145,7 +154,7 @@ def read_csd(
     files = _by_role(folder, dict(roles or {}))
     cleaned: dict[str, int] = {}
     table = _segments(files["labels"], cleaned)
-    table = table.assign(**_fold_columns(folder, folds, table["video"]))
+    table = table.assign(**_fold_columns(folder, folds, table["video"], cleaned))
     segments = list(table[["video", "clip", "start", "end"]].itertuples(index=False, name=None))
     table["text"] = _texts(files["words"], segments) if "words" in files else ""
     sequences = {m: CsdSequences(files[m], m, segments, cleaned) for m in ("v", "a") if m in files}
@@ -186,13 +195,13 @@ def _by_role(folder: Path, roles: dict[str, str]) -> dict[str, CsdFile]:
             raise BadFile(
                 f"{folder}: {found[role].path.name} and {path.name} both look like "
                 f"{MODALITY_NAMES.get(role, role)}: choose by roles={{{role!r}: {path.name!r}}} "
-                f"or move one away"
+                f"(--role {role}={path.name}) or move one away"
             )
         found[role] = source
     if "labels" not in found:
         raise BadFile(
             f"{folder}: no .csd file with labels (e.g. 'CMU_MOSI_Opinion_Labels.csd'); add it, or "
-            f"name it by roles={{'labels': ...}}"
+            f"name it by roles={{'labels': ...}} (--role labels=FILE)"
         )
     return found
 
@@ -205,9 +214,8 @@ def _segments(labels: CsdFile, cleaned: dict[str, int]) -> pd.DataFrame:
     for key in labels.data:
         match = _KEY.fullmatch(key)
         video, clip = (match[1], match[2]) if match else (key, None)
-        times = np.asarray(labels._dataset(key, "intervals")[()], np.float64).reshape(-1, 2)
-        values = np.asarray(labels._dataset(key, "features")[()], np.float64)
-        values = values.reshape(len(values), int(np.prod(values.shape[1:])))
+        times, values = labels.unsorted(key)
+        values = values.astype(np.float64)
         for k, ((start, end), value) in enumerate(zip(times, values, strict=True)):
             if not np.isfinite([start, end, value[0]]).all():
                 dropped += 1
@@ -237,8 +245,10 @@ def _texts(words: CsdFile, segments: list[tuple[str, str, float, float]]) -> lis
     return texts
 
 
-def _fold_columns(folder: Path, folds: Any, videos: pd.Series) -> dict[str, pd.Series]:
-    """One column per fold: the split of each row's video, or None."""
+def _fold_columns(
+    folder: Path, folds: Any, videos: pd.Series, cleaned: dict[str, int]
+) -> dict[str, pd.Series]:
+    """One column per fold: the split of each row's video, or None; what does not match is said."""
     where = "folds"
     if not isinstance(folds, Mapping):
         where = str(folds or folder / "folds.json")
@@ -248,12 +258,23 @@ def _fold_columns(folder: Path, folds: Any, videos: pd.Series) -> dict[str, pd.S
     named = folds if not set(folds) & set(SPLITS) else {"standard": folds}
     columns = {}
     for fold, splits in named.items():
-        column = videos.map(_split_of(f"{where}, fold {fold!r}", splits)).astype(object)
-        if column.isna().all():
+        here = f"{where}, fold {fold!r}"
+        split_of = _split_of(here, splits)
+        column = videos.map(split_of).astype(object)
+        for split in [s for s in splits if splits[s] and s not in set(column)]:
             raise BadFile(
-                f"{where}, fold {fold!r}: none of its videos is labelled in {folder} (there are "
+                f"{here}, {split}: none of its videos is labelled in {folder} (there are "
                 f"{', '.join(videos.unique()[:3])}, ...): correct the ids"
             )
+        for what, lost in (
+            (f"videos of {fold} that are not labelled", sorted(set(split_of) - set(videos))),
+            (f"labelled videos in no split of {fold}", sorted(set(videos[column.isna()]))),
+        ):
+            if lost:
+                cleaned[what] = len(lost)
+                warnings.warn(
+                    f"{where}: {len(lost)} {what}, e.g. {lost[0]}: check the ids", stacklevel=2
+                )
         columns[fold] = column.where(column.notna(), None)
     return columns
 
@@ -263,7 +284,7 @@ def _read_folds(path: Path) -> Any:
         raise BadFile(
             f"{path} is missing: .csd files do not say which videos are train, valid and test. "
             'Write that file, {"train": ["video", ...], "valid": [...], "test": [...]}, or pass '
-            "such a dict as folds"
+            "such a dict as folds (a file: --folds FILE)"
         )
     try:
         return json.loads(path.read_text(encoding="utf-8"))

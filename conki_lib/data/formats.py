@@ -1,7 +1,7 @@
 """What lies at a path, said before it is read; and the way from public files to a store."""
 
 import hashlib
-import re
+import os
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -12,7 +12,9 @@ import numpy as np
 from tqdm import tqdm
 
 from conki_lib.config import MODALITY_NAMES
+from conki_lib.data.aside import clear_away
 from conki_lib.data.csd import CsdFile, read_csd
+from conki_lib.data.damage import AGAIN, damaged
 from conki_lib.data.inspection import Inspection, inspect_raw, inspect_store
 from conki_lib.data.mmsa import RELEASES, export_mmsa, is_mmsa, read_mmsa
 from conki_lib.data.packing import SPLITS
@@ -21,23 +23,6 @@ from conki_lib.data.raw import Range, RawCorpus
 from conki_lib.data.store import INFO, open_store, write_store
 
 __all__ = ["Recognised", "convert", "export_mmsa", "inspect_path", "read_raw", "recognise"]
-
-_AGAIN = (
-    "get it again from the folder that MMSA's page links (in a browser, or with a tool that "
-    "follows Google Drive's confirmation), and compare its size"
-)
-_UNPACK = "unpack it and give the file or folder inside"
-_PACKED = {
-    b"PK\x03\x04": "a zip archive",
-    b"PK\x05\x06": "an empty zip archive",
-    b"\x1f\x8b": "a gzip file",
-    b"7z\xbc\xaf\x27\x1c": "a 7z archive",
-    b"Rar!": "a rar archive",
-    b"\xfd7zXZ": "an xz file",
-    b"BZh": "a bzip2 file",
-    b"\x28\xb5\x2f\xfd": "a zstd file",
-}
-_HTML = re.compile(rb"^\s*(<!--.*?-->\s*)*<(!doctype html|html|head|body|\?xml)", re.I | re.S)
 
 
 @dataclass(frozen=True)
@@ -74,12 +59,8 @@ def recognise(path: str | Path, scratch: Path | None = None) -> Recognised:
         return _folder(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: there is no such file or folder; check the path")
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        head = file.read(4096)
-        file.seek(max(0, size - 4096))
-        tail = file.read()
-    return _damaged(path, size, head, tail) or _known(path, head, scratch)
+    found = damaged(path)
+    return _no(path, *found) if found else _known(path, scratch)
 
 
 def _folder(path: Path) -> Recognised:
@@ -92,42 +73,9 @@ def _folder(path: Path) -> Recognised:
     return _no(path, "folder", "a folder without .csd files", way_out)
 
 
-def _damaged(path: Path, size: int, head: bytes, tail: bytes) -> Recognised | None:
-    """What people have in place of the file: by its first and last bytes."""
-    if not size:
-        return _no(path, "empty", "an empty file", _AGAIN)
-    if not head.strip(b"\0"):
-        return _no(
-            path, "zeros", f"a file of zeros ({size:,} bytes)", f"a stalled download; {_AGAIN}"
-        )
-    if head.startswith(b"version https://git-lfs"):
-        return _no(path, "git-lfs", f"a git-lfs pointer{_pointed(head)}, not the file itself",
-                   "run `git lfs pull` in its repository, or download the file")  # fmt: skip
-    if _HTML.match(head):
-        title = re.search(rb"<title[^>]*>(.*?)</title>", head, re.I | re.S)
-        said = f" ({title[1].decode('utf-8', 'replace').strip()[:80]!r})" if title else ""
-        way_out = f"the server sent a page (a quota, a login) instead of the data; {_AGAIN}"
-        return _no(path, "html", f"an HTML page{said}", way_out)
-    for magic, what in _PACKED.items():
-        if head.startswith(magic):
-            return _no(path, "archive", what, _UNPACK)
-    if head[257:262] == b"ustar":
-        return _no(path, "archive", "a tar archive", _UNPACK)
-    if tail.endswith(bytes(64)) and head[:1] == b"\x80":
-        way_out = f"space was reserved but never filled, the download stopped; {_AGAIN}"
-        return _no(path, "truncated", "a pickle whose end is zeros", way_out)
-    if head[:1] == b"\x80" and not tail.endswith(b"."):
-        return _no(path, "truncated", f"a truncated pickle ({size:,} bytes, no end)", _AGAIN)
-    return None
-
-
-def _pointed(head: bytes) -> str:
-    found = re.search(rb"oid sha256:([0-9a-f]{64})", head)
-    release = RELEASES.get(found[1].decode()) if found else None
-    return f" to MMSA's {release.file}" if release else ""
-
-
-def _known(path: Path, head: bytes, scratch: Path | None) -> Recognised:
+def _known(path: Path, scratch: Path | None) -> Recognised:
+    with path.open("rb") as file:
+        head = file.read(8)
     if head.startswith(b"\x89HDF\r\n\x1a\n"):
         try:
             CsdFile(path)
@@ -135,8 +83,8 @@ def _known(path: Path, head: bytes, scratch: Path | None) -> Recognised:
             return Recognised(path, "hdf5", "an HDF5 file", "", str(error))
         return _no(path, "csd file", "a single .csd file", f"give its folder, {path.parent}")
     if head[:1] not in b"\x80(}]c":
-        way_out = "MMSA pickles and folders of .csd files are read"
-        return _no(path, "unknown", f"no known format (first bytes {head[:8]!r})", way_out)
+        way_out = f"MMSA pickles and folders of .csd files are read; if it should be one, {AGAIN}"
+        return _no(path, "unknown", f"no known format (first bytes {head!r})", way_out)
     try:
         content = read_pickle(path, scratch)
     except UnsafePickle as error:
@@ -192,6 +140,7 @@ def convert(
     label_range: Range | None = None,
     folds: Mapping[str, Any] | str | Path | None = None,
     roles: Mapping[str, str] | None = None,
+    number_duplicates: bool = False,
 ) -> Path:
     """Turn an MMSA pickle, or a folder of ``.csd`` files, into a store.
 
@@ -207,6 +156,8 @@ def convert(
         label_range: smallest and largest label; default (-3, 3), or (-1, 1) as in CH-SIMS.
         folds: for ``.csd``: video ids per split, see `read_csd`.
         roles: for ``.csd``: which file is what, where it cannot be guessed.
+        number_duplicates: tell utterances of one split with the same id apart by numbers, which
+            are counted; default: they are an error. One id in two splits always is.
 
     Returns:
         The destination.
@@ -218,9 +169,12 @@ def convert(
     destination = Path(destination)
     scratch = destination.parent
     scratch.mkdir(parents=True, exist_ok=True)
+    clear_away(destination)
     if destination.exists() and any(destination.iterdir() if destination.is_dir() else [1]):
         raise FileExistsError(f"{destination} exists already: remove it, or choose another name")
     raw = read_raw(source, format=format, folds=folds, roles=roles, scratch=scratch)
+    if number_duplicates:
+        raw.number_duplicates()
     sizes = {path: path.stat().st_size for path in raw.files}
     total = sum(sizes.values()) + sum(raw.nbytes.values())
     with tqdm(total=total, unit="B", unit_scale=True, desc="checksum") as bar:
@@ -228,17 +182,22 @@ def convert(
         release = RELEASES.get(sources[0]["sha256"]) if raw.format == "mmsa" else None
         notes = {"format": raw.format, **raw.notes}
         notes |= _release_note(raw, sources[0]["sha256"]) if raw.format == "mmsa" else {}
-        return write_store(
-            destination,
-            raw.utterances,
-            {m: _watched(raw, m, bar) for m in raw.sequences},
-            name=name or (release.name if release else destination.name),
-            language=language or raw.language,
-            label_range=label_range or (release.label_range if release else raw.label_range),
-            sources=sources,
-            cleaned=raw.cleaned,
-            notes=notes,
-        )
+        try:
+            return write_store(
+                destination,
+                raw.utterances,
+                {m: _watched(raw, m, bar) for m in raw.sequences},
+                name=name or (release.name if release else destination.name),
+                language=language or raw.language,
+                label_range=label_range or (release.label_range if release else raw.label_range),
+                sources=sources,
+                cleaned=raw.cleaned,
+                notes=notes,
+            )
+        except BadFile:
+            raise
+        except ValueError as error:
+            raise BadFile(f"{source}: {error}") from error
 
 
 def inspect_path(path: str | Path) -> Inspection:
@@ -249,10 +208,11 @@ def inspect_path(path: str | Path) -> Inspection:
     Raises:
         BadFile: it is none of these; says what it is.
     """
-    found = recognise(path)
-    if found.kind == "store":
+    beside = Path(path).absolute().parent  # temporary files of many GB may be needed
+    scratch = beside if os.access(beside, os.W_OK) else None
+    if recognise(path, scratch).kind == "store":
         return inspect_store(open_store(path))
-    raw = read_raw(path)
+    raw = read_raw(path, scratch=scratch)
     if raw.format == "mmsa":
         with tqdm(total=raw.path.stat().st_size, unit="B", unit_scale=True, desc="checksum") as bar:
             raw.notes |= _release_note(raw, _hashed(raw.path, bar)["sha256"])

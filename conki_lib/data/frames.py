@@ -8,11 +8,11 @@ import numpy as np
 import pandas as pd
 
 from conki_lib.config import MODALITY_NAMES
-from conki_lib.data.packing import SPLITS
+from conki_lib.data.packing import SPLIT_NAMES
+from conki_lib.data.pickles import BadFile
 from conki_lib.data.raw import Range, guess_language
 from conki_lib.data.store import source_of, write_store
 
-_SPLIT_NAMES = {s: s for s in SPLITS} | {"validation": "valid", "val": "valid", "dev": "valid"}
 _READERS = {".csv": pd.read_csv, ".parquet": pd.read_parquet, ".jsonl": pd.read_json}
 
 
@@ -30,7 +30,8 @@ def from_frame(
     Args:
         frame: a DataFrame; a .csv, .parquet or .jsonl file; a Hugging Face dataset, or a dict of
             such by split. Columns: y and split (train, valid or validation, test) are needed; id,
-            text, video and clip are taken where they exist; further ones are kept.
+            text, video and clip are taken where they exist (clips are numbered within a video
+            where they do not); further ones are kept.
         arrays: ``"v"`` and ``"a"``, as far as there are: a folder of ``<id>.npy``, the name of a
             column that holds the frames, a mapping from ids, or a sequence in the order of rows;
             each array is (frames, features) or (features,).
@@ -43,25 +44,30 @@ def from_frame(
         The destination.
 
     Raises:
+        FileNotFoundError: there is no such table.
         ValueError: a column or an array is missing, or a value does not fit; names the row.
     """
+    if isinstance(frame, str | Path) and not Path(frame).is_file():
+        raise FileNotFoundError(f"{frame}: there is no such file; check the path")
     sources = [source_of(frame)] if isinstance(frame, str | Path) else []
     table = _as_table(frame)
     wrong = [c for c in ("y", "split") if c not in table]
     if wrong:
         raise ValueError(f"{_named(frame)}: column {wrong[0]!r} is missing among {list(table)}")
-    unknown = set(table["split"].dropna()) - set(_SPLIT_NAMES)
+    unknown = set(table["split"].dropna()) - set(SPLIT_NAMES)
     if unknown:
         raise ValueError(
             f"{_named(frame)}: split {sorted(map(str, unknown))[0]!r} is none of "
-            f"{', '.join(_SPLIT_NAMES)}"
+            f"{', '.join(SPLIT_NAMES)}"
         )
     table["id"] = table["id"].astype(str) if "id" in table else [f"{i}" for i in range(len(table))]
-    for column, default in (("text", ""), ("video", table["id"]), ("clip", "0")):
+    for column, default in (("text", ""), ("video", table["id"])):
         table[column] = table[column] if column in table else default
+    if "clip" not in table:
+        table["clip"] = table.groupby("video", dropna=False).cumcount().astype(str)
     sequences = {m: _sequences(m, given, table) for m, given in arrays.items()}
     held = [given for given in arrays.values() if isinstance(given, str) and given in table]
-    table["standard"] = table.pop("split").map(_SPLIT_NAMES)
+    table["standard"] = table.pop("split").map(SPLIT_NAMES)
     return write_store(
         destination,
         table.drop(columns=held),
@@ -110,7 +116,7 @@ def _sequences(m: str, given: Any, table: pd.DataFrame) -> Iterator[np.ndarray] 
                 f"{MODALITY_NAMES[m]}: {file} is missing for row {row} (and {len(missing) - 1} "
                 f"others); write an array (0, features) for an utterance without frames"
             )
-        return (_frames(np.load(file, mmap_mode="r", allow_pickle=False)) for file in files)
+        return (_frames(_load(file)) for file in files)
     if isinstance(given, Mapping):
         missing = [i for i in ids if i not in given]
         if missing:
@@ -122,6 +128,13 @@ def _sequences(m: str, given: Any, table: pd.DataFrame) -> Iterator[np.ndarray] 
             f"not {type(given).__name__}"
         )
     return (_frames(array) for array in given)
+
+
+def _load(file: Path) -> np.ndarray:
+    try:
+        return np.load(file, mmap_mode="r", allow_pickle=False)
+    except (ValueError, EOFError) as error:
+        raise BadFile(f"{file} is no array of numbers ({error}): write it by numpy.save") from error
 
 
 def _frames(array: Any) -> np.ndarray:

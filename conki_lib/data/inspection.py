@@ -30,7 +30,10 @@ class Scan:
         """Count the next utterance."""
         row, last = len(self.lengths), last_frame(frames)
         self.lengths.append(len(frames))
-        self.width = frames.shape[1]
+        self.width = self.width or frames.shape[1]
+        alike = frames.shape[1] == self.width
+        if not alike:
+            self.found.setdefault("sequences of another width than the first", []).append(row)
         with np.errstate(over="ignore"):
             finite = np.isfinite(np.asarray(frames, np.float32))
         spoken = (frames != 0).any(axis=1)
@@ -42,7 +45,7 @@ class Scan:
             ("sequences with a zero frame inside", silent),
         ):
             self.found.setdefault(defect, []).extend([row] if true else [])
-        if last:
+        if last and alike:
             held = frames[spoken], finite[spoken]
             self.low = np.minimum(self.low, np.where(held[1], held[0], np.inf).min(axis=0))
             self.high = np.maximum(self.high, np.where(held[1], held[0], -np.inf).max(axis=0))
@@ -84,7 +87,9 @@ def defects(
             splits = inside.groupby(column, sort=False)[fold].nunique()
             add(f"{column}s in several splits of {fold}", splits[splits > 1].index, len(splits))
         add_rows(f"utterances outside {fold}", table[fold].isna())
-    add_rows("texts that are empty", table["text"].fillna("").str.strip() == "")
+    silent = table["text"].fillna("").astype(str).str.strip() == ""
+    if not silent.all():  # else the corpus has no text
+        add_rows("texts that are empty", silent)
     for y in (c for c in ("y", "y_T", "y_V", "y_A") if c in table):
         low, high = label_range
         add_rows(f"labels {y} outside [{low:g}, {high:g}]", ~table[y].between(low, high))

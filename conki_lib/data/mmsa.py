@@ -13,13 +13,14 @@ import numpy as np
 import pandas as pd
 
 from conki_lib.config import MODALITY_NAMES
-from conki_lib.data.packing import SPLITS
+from conki_lib.data.packing import SPLIT_NAMES, SPLITS
 from conki_lib.data.pickles import BadFile, PickledArray, Piece, StreamedArray, write_pickle
 from conki_lib.data.raw import PaddedSequences, Range, RawCorpus, guess_language
 from conki_lib.data.store import FeatureStore, SplitView
 
 SEPARATOR = "$_$"
 _YOUTUBE = re.compile(r"([-\w]{11})_(\d+)")  # a video id has 11 characters, "_" may be among them
+_MANY = 10**7  # parts of a column or text; more is a pickle made to hang its reader
 _ALIGNED = re.compile(r"(.+)\[(\d+)\]")
 
 
@@ -57,7 +58,7 @@ def is_mmsa(content: Any) -> bool:
     """Does a pickle's content have the layout: splits, each with labels or with rows?"""
     return isinstance(content, dict) and any(
         isinstance(content.get(split), dict) and "regression_labels" in content[split]
-        for split in SPLITS
+        for split in SPLIT_NAMES
     )
 
 
@@ -71,22 +72,24 @@ def read_mmsa(path: Path, content: dict[str, Any]) -> RawCorpus:
     Raises:
         BadFile: a column is missing or does not fit; names split and column.
     """
-    splits = [s for s in SPLITS if s in content]
-    tables = [_Split(path, s, content[s]).table() for s in splits]
-    utterances = _with_ids(pd.concat(tables, ignore_index=True))
+    splits = _splits(path, content)
+    utterances = pd.concat([s.table().assign(standard=n) for n, s in splits.items()])
+    if utterances.empty:
+        raise BadFile(f"{path}: there is no utterance in it: get it again")
+    utterances = _with_ids(utterances.reset_index(drop=True))
     cleaned: dict[str, int] = {}
     notes = {f"no split {s!r}": "the file does not hold it" for s in SPLITS if s not in splits}
     sequences, nbytes = {}, {}
     for m in ("v", "a"):
-        parts = [_Split(path, s, content[s]).sequences(m) for s in splits]
-        if any(part is None for part in parts):
-            if any(part is not None for part in parts):
-                raise BadFile(f"{path}: {MODALITY_NAMES[m]!r} is in some splits only; get it again")
-            continue
-        sequences[m] = PaddedSequences(m, parts, cleaned)
-        nbytes[m] = sum(_size(rows) for rows, _ in parts)
-    if "raw_text" not in content[splits[0]]:
-        notes["text"] = "the file has no raw_text"
+        parts = {f"{path}: split {s.name!r}": s.sequences(m) for s in splits.values()}
+        held = {name: part for name, part in parts.items() if part is not None}
+        if held and len(held) < len(parts):
+            raise BadFile(f"{path}: {MODALITY_NAMES[m]!r} is in some splits only; get it again")
+        if held:
+            sequences[m] = PaddedSequences(m, held, cleaned)
+            nbytes[m] = sum(_size(rows) for rows, _ in held.values())
+    if not utterances["text"].str.strip().any():
+        notes["text"] = "no utterance of the file has any"
     language = guess_language(utterances["text"].tolist())
     small = language == "zh" or "y_T" in utterances
     label_range = (-1, 1) if small else (-3, 3)
@@ -105,6 +108,21 @@ def read_mmsa(path: Path, content: dict[str, Any]) -> RawCorpus:
     )
 
 
+def _splits(path: Path, content: dict[str, Any]) -> dict[str, "_Split"]:
+    """The splits by their usual names; none that holds labels may be left over."""
+    found: dict[str, _Split] = {}
+    for name, columns in content.items():
+        split = SPLIT_NAMES.get(name)
+        if split and split not in found:
+            found[split] = _Split(path, name, columns)
+        elif split or (isinstance(columns, dict) and "regression_labels" in columns):
+            raise BadFile(
+                f"{path}: split {name!r} {'is there twice' if split else 'is not known'}; known "
+                f"are {', '.join(SPLIT_NAMES)}: rename it, or take it out"
+            )
+    return {s: found[s] for s in SPLITS if s in found}
+
+
 @dataclass
 class _Split:
     path: Path
@@ -119,7 +137,7 @@ class _Split:
         )
 
     def table(self) -> pd.DataFrame:
-        """id (raw), text, labels and fold of the split."""
+        """id (raw), text and labels of the split."""
         if not isinstance(self.columns, dict) or "regression_labels" not in self.columns:
             held = (
                 ", ".join(map(str, self.columns)) if isinstance(self.columns, dict) else "no dict"
@@ -132,17 +150,20 @@ class _Split:
                 table[f"y_{letter}"] = self.labels(f"regression_labels_{letter}", len(y))
         table["text"] = self.texts("raw_text", len(y))
         table["raw_id"] = self.ids(len(y))
-        return table.assign(standard=self.name)
+        return table
 
     def sized(self, key: str, values: Any, n: int | None) -> Any:
+        if not isinstance(values, list | tuple | np.ndarray | PickledArray) or (
+            getattr(values, "shape", None) == ()
+        ):
+            raise self.problem(f"{key} is {type(values).__name__}, no list or array of rows")
         if n is not None and len(values) != n:
             raise self.problem(f"{key} has {len(values)} rows, regression_labels has {n}")
         return values
 
     def labels(self, key: str, n: int | None = None) -> np.ndarray:
         try:
-            flat = [np.asarray(v).reshape(()) for v in np.asarray(self.columns[key]).reshape(-1)]
-            values = np.array(flat, np.float64)
+            values = np.array(_leaves(self.columns[key], _MANY), np.float64)
         except (TypeError, ValueError) as error:
             raise self.problem(f"{key} is no list of numbers ({error})") from error
         return self.sized(key, values, n)
@@ -152,7 +173,7 @@ class _Split:
             return [""] * n
         values = self.columns[key]
         values = np.asarray(values).reshape(-1) if isinstance(values, PickledArray) else values
-        return [_text(v) for v in self.sized(key, values, n)]
+        return self.each("raw_text", lambda v: " ".join(_texts(v, _MANY)), values, n)
 
     def ids(self, n: int) -> list[tuple[str, ...]]:
         """Each id as the tuple of texts that it is made of; the row where there are no ids."""
@@ -160,22 +181,36 @@ class _Split:
             return [(f"{self.name}{SEPARATOR}{i}",) for i in range(n)]
         values = self.columns["id"]
         values = np.asarray(values) if isinstance(values, PickledArray) else values
-        return [tuple(_flat(v)) for v in self.sized("id", values, n)]
+        return self.each("id", lambda v: tuple(_texts(v, 16)), values, n)
+
+    def each(self, key: str, read: Callable[[Any], Any], values: Any, n: int) -> list[Any]:
+        """Read every row of a column, and say which row cannot be read."""
+        found = []
+        for i, value in enumerate(self.sized(key, values, n)):
+            try:
+                found.append(read(value))
+            except ValueError as error:
+                raise self.problem(f"{key} of row {i} {error}") from error
+        return found
 
     def sequences(self, m: str) -> tuple[Any, np.ndarray | None] | None:
         """Rows of one modality with the stated lengths, or None."""
         name = MODALITY_NAMES[m]
         if name not in self.columns:
             return None
-        n = len(np.asarray(self.columns["regression_labels"]).reshape(-1))
+        n = len(self.labels("regression_labels"))
         rows, lengths = self.columns[name], self.columns.get(f"{name}_lengths")
         if not isinstance(rows, PickledArray | list):
             raise self.problem(f"{name} is {type(rows).__name__}, no array and no list of arrays")
-        if isinstance(rows, PickledArray) and len(rows.shape) not in (1, 2, 3):
+        if isinstance(rows, PickledArray) and (
+            len(rows.shape) not in (1, 2, 3) or (n and 0 in rows.shape[1:])
+        ):
             raise self.problem(f"{name} has the shape {rows.shape} instead of (N, l, d)")
         if lengths is not None:
-            lengths = np.asarray(np.asarray(lengths).reshape(-1), np.int64)
-            self.sized(f"{name}_lengths", lengths, n)
+            lengths = self.labels(f"{name}_lengths", n)
+            if not (np.abs(lengths) < 2**53).all():
+                raise self.problem(f"{name}_lengths holds what is no length")
+            lengths = lengths.astype(np.int64)
         return self.sized(name, rows, n), lengths
 
 
@@ -185,25 +220,38 @@ def _size(rows: Any) -> int:
     return sum(getattr(row, "nbytes", 8) for row in rows)
 
 
+def _leaves(value: Any, most: int, depth: int = 4) -> list[Any]:
+    """The values in nested lists and arrays, in order; refused before they are too many to walk."""
+    found, waiting, seen = [], [(value, 0)], 0
+    while waiting:
+        value, level = waiting.pop()
+        seen += 1
+        value = np.asarray(value) if isinstance(value, PickledArray) else value
+        value = value.reshape(-1).tolist() if isinstance(value, np.ndarray) else value
+        if not isinstance(value, list | tuple):
+            found.append(value)
+        elif level == depth or seen + len(waiting) + len(value) > most + depth:
+            raise ValueError("is nested too deep" if level == depth else "has too many parts")
+        else:
+            waiting.extend((part, level + 1) for part in reversed(value))
+    return found
+
+
+def _texts(value: Any, most: int) -> list[str]:
+    """The texts that an id or a text is made of, however it is nested."""
+    return [_text(part) for part in _leaves(value, most)]
+
+
 def _text(value: Any) -> str:
     if isinstance(value, Piece):
         return value.text()
-    if isinstance(value, PickledArray | np.ndarray | list | tuple):
-        return " ".join(_flat(value))
-    return value.decode("utf-8", "replace") if isinstance(value, bytes) else str(value)
-
-
-def _flat(value: Any) -> Iterator[str]:
-    """The texts that an id is made of, however it is nested."""
-    if isinstance(value, PickledArray):
-        value = np.asarray(value)
-    if isinstance(value, np.ndarray):
-        value = value.reshape(-1).tolist()
-    if isinstance(value, list | tuple):
-        for part in value:
-            yield from _flat(part)
-    else:
-        yield f"{value:g}" if isinstance(value, float) else _text(value)
+    if isinstance(value, float):
+        return f"{value:g}"
+    if isinstance(value, bytes):
+        return value.decode("utf-8", "replace")
+    if isinstance(value, str | int | np.generic | None):
+        return str(value)
+    raise ValueError(f"is or holds a {type(value).__name__}, no text")
 
 
 def _with_ids(table: pd.DataFrame) -> pd.DataFrame:
@@ -252,7 +300,8 @@ def export_mmsa(
     """Write one fold of a store as an MMSA pickle, so that other models of the field can read it.
 
     Sequences are padded at the back with zeros to the longest; arrays are written in pieces, the
-    file appears when it is complete. Ids become ``video$_$clip``.
+    file appears when it is complete. Ids become ``video$_$clip``, or stay as they are where two
+    utterances would get the same.
 
     Args:
         store: opened with the fold that is wanted.
@@ -298,7 +347,7 @@ def _columns(
     table, y = view.table, view.y
     columns: dict[str, Any] = {
         "raw_text": table["text"].tolist(),
-        "id": [f"{v}{SEPARATOR}{c}" for v, c in zip(table["video"], table["clip"], strict=True)],
+        "id": _export_ids(store)[view.rows].tolist(),
         "regression_labels": y,
         "classification_labels": (np.sign(y) + 1).astype(np.int64),
         "annotations": [("Negative", "Neutral", "Positive")[int(k) + 1] for k in np.sign(y)],
@@ -316,6 +365,11 @@ def _columns(
         kinds = ("input_ids", "attention_mask", "token_type_ids")
         columns["text_bert"] = np.stack([np.array(tokens[k], np.int64) for k in kinds], axis=1)
     return columns
+
+
+def _export_ids(store: FeatureStore) -> np.ndarray:
+    ids = store.utterances["video"] + SEPARATOR + store.utterances["clip"]
+    return np.array(store.utterances["id"] if ids.duplicated().any() else ids, object)
 
 
 def _padded(view: SplitView, m: str, length: int) -> Iterator[np.ndarray]:

@@ -16,6 +16,7 @@ from conki_lib.config import MODALITY_NAMES
 Range = tuple[float | int, float | int]  # smallest and largest label
 VERSION = 1
 SPLITS = ("train", "valid", "test")
+SPLIT_NAMES = {s: s for s in SPLITS} | {"validation": "valid", "val": "valid", "dev": "valid"}
 SEQUENCES = ("v", "a")
 COLUMNS = ("id", "video", "clip", "text", "y")
 LABELS = ("y", "y_T", "y_V", "y_A")
@@ -100,25 +101,30 @@ def _check_ids(table: pd.DataFrame, folds: Sequence[str], name: str) -> None:
                 f"{where}, shared by the splits {' and '.join(sorted(splits))} of fold {fold!r}: "
                 "training data would leak; remove it from one of them"
             )
-    raise ValueError(f"{where}: ids must be unique; remove one row or rename it")
+    raise ValueError(
+        f"{where}: ids must be unique; remove one row or rename it, "
+        "or let `conki convert --number-duplicates` number them"
+    )
 
 
 def _label_column(table: pd.DataFrame, column: str, label_range: Range, name: str) -> pd.Series:
     low, high = label_range
     values = pd.to_numeric(table[column], errors="coerce").astype("float64")
-    wrong = values.isna() if column == "y" else values.isna() & table[column].notna()
-    wrong |= (values < low) | (values > high)
+    no_number = ~np.isfinite(values)
+    if column != "y":
+        no_number &= table[column].notna()
+    wrong = no_number if no_number.any() else (values < low) | (values > high)
     if not wrong.any():
         return values
     row = int(wrong.idxmax())
     where = f"{name}: row {row} (id {table['id'][row]!r}): label {column} = {table[column][row]}"
-    if np.isnan(values[row]):
+    if no_number.any():
         raise ValueError(f"{where} is no number; correct it, or leave that utterance out")
     widest = float(np.ceil(values.abs().max()))
     raise ValueError(
         f"{where} is outside [{low:g}, {high:g}] ({int(wrong.sum())} such rows): correct it, or, "
         "if the corpus really uses a wider range, widen it by hand: "
-        f"label_range=({-widest:g}, {widest:g})"
+        f"label_range=({-widest:g}, {widest:g}), or --label-range {-widest:g} {widest:g}"
     )
 
 

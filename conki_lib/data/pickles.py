@@ -19,6 +19,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from reprlib import repr as short
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -98,7 +99,7 @@ class PickledArray:
     dtype: np.dtype = np.dtype(object)
     shape: tuple[int, ...] = ()
     axes: tuple[int, ...] | None = None  # transposes what is stored in C order; None: as it is
-    raw: Any = None  # Piece | bytes | list of objects
+    raw: Any = field(default=None, repr=False)  # Piece | bytes | list of objects
     _stored: tuple[int, ...] = ()
     _block: tuple[int, Any] = field(default=(0, ()), repr=False)
 
@@ -106,9 +107,11 @@ class PickledArray:
         """Take shape and order as stored, dtype and values, checked against each other."""
         stored = (stored,) if isinstance(stored, int) else tuple(stored)
         if not isinstance(dtype, _Dtype) or not all(isinstance(n, int) and n >= 0 for n in stored):
-            raise ValueError(f"an array with shape {stored!r} and dtype {dtype!r}")
-        if axes is not None and sorted(axes) != list(range(len(stored))):
-            raise ValueError(f"an array of {len(stored)} axes in the order {axes}")
+            raise ValueError(f"an array with shape {short(stored)} and dtype {short(dtype)}")
+        if axes is not None and (
+            not all(isinstance(k, int) for k in axes) or sorted(axes) != list(range(len(stored)))
+        ):
+            raise ValueError(f"an array of {len(stored)} axes in the order {short(axes)}")
         raw = raw.encode("latin-1") if isinstance(raw, str) else raw  # Python 2
         self.dtype, self.raw, self._stored, self.axes = dtype.resolve(), raw, stored, axes
         self.shape = stored if axes is None else tuple(stored[k] for k in axes)
@@ -160,7 +163,7 @@ class PickledArray:
         """Row i and its neighbours: of rows scattered over the file, 128 MB are read at a time."""
         if not isinstance(self.raw, Piece):
             return 0, np.asarray(self)
-        n = max(1, 8 * _CHUNK * len(self) // self.nbytes)
+        n = max(1, 8 * _CHUNK * len(self) // max(1, self.nbytes))
         mapped = np.memmap(self.raw.file, self.dtype, "r", self.raw.offset, self._stored)
         start = i // n * n
         return start, np.array(mapped.transpose(self.axes)[start : start + n])
@@ -194,7 +197,9 @@ class _Dtype:
     def resolve(self) -> np.dtype:
         """The numpy dtype, if it is a plain one."""
         if not isinstance(self.code, str) or not _DTYPE.fullmatch(self.code):
-            raise ValueError(f"dtype {self.code!r}; bool, int, float, str, bytes, object are read")
+            raise ValueError(
+                f"dtype {short(self.code)}; bool, int, float, str, bytes, object are read"
+            )
         return (
             np.dtype(self.code)
             if self.order == "|"
@@ -205,7 +210,7 @@ class _Dtype:
         """Take the byte order of ``dtype.__setstate__``'s tuple; refuse structured dtypes."""
         plain = isinstance(state, tuple) and len(state) > 4 and state[2:5] == (None, None, None)
         if not plain or state[1] not in tuple("<>=|"):
-            raise ValueError(f"a structured dtype {self.code!r}")
+            raise ValueError(f"a structured dtype {short(self.code)}")
         self.order = state[1]
 
 
@@ -214,7 +219,7 @@ class _Dtype:
 
 def _encode(text: Any, encoding: Any = "utf-8") -> bytes | Piece:
     if encoding not in ("latin1", "latin-1", "iso-8859-1"):
-        raise _Refused(f"_codecs.encode to {encoding!r}")
+        raise _Refused(f"_codecs.encode to {short(encoding)}")
     if isinstance(text, Piece):
         return Piece(text.file, text.offset, text.size, text.scratch, utf8=True)
     return text.encode("latin-1")
@@ -285,8 +290,10 @@ class _Unpickler(pickle._Unpickler):
         file.seek(0)
 
     def find_class(self, module: str, name: str) -> Any:
+        if "\r" in module + name:
+            raise ValueError("copied in text mode (CRLF); copy it as binary")
         if (module, name) not in ALLOWED:
-            raise _Refused(f"{module}.{name}")
+            raise _Refused(ascii(f"{module}.{name}")[1:-1])
         return ALLOWED[module, name]
 
     def load_frame(self) -> None:
@@ -323,11 +330,20 @@ class _Unpickler(pickle._Unpickler):
         else:
             self.append(data.decode("latin-1") if name == "BINSTRING" else data)
 
+    def load_keyed(self, name: str) -> None:
+        """Fill a dict. Other keys than these may be nested so deep that their hash never ends."""
+        for key in self.stack[-2:-1] if name == "SETITEM" else self.stack[::2]:
+            if not isinstance(key, str | bytes | int | float | np.generic | None):
+                raise _Refused(f"a dict key that is a {_describe(key)}")
+        pickle._Unpickler.dispatch[getattr(pickle, name)[0]](self)
+
     dispatch[pickle.FRAME[0]] = load_frame
     dispatch[pickle.REDUCE[0]] = load_reduce
     dispatch[pickle.BUILD[0]] = load_build
 
 
+for _name in ("SETITEM", "SETITEMS", "DICT"):
+    _Unpickler.dispatch[getattr(pickle, _name)[0]] = partial(_Unpickler.load_keyed, name=_name)
 for _name in _LONG:
     _Unpickler.dispatch[getattr(pickle, _name)[0]] = partial(
         _Unpickler.load_long_argument, name=_name
@@ -363,7 +379,15 @@ def read_pickle(path: str | Path, scratch: Path | None = None) -> Any:
     """
     unpickler = _Unpickler(_Reader(io.FileIO(path)), scratch)
     try:
-        return unpickler.load()
+        content, end = unpickler.load(), unpickler.file.tell()
+        if end < unpickler.size:
+            raise BadFile(
+                f"{path}: behind the end of this pickle stand {unpickler.size - end:,} bytes more: "
+                f"another pickle, or a damaged copy; keep the first {end:,} bytes, or get it again"
+            )
+        return content
+    except BadFile:
+        raise
     except _Refused as error:
         raise UnsafePickle(
             f"{path}: this pickle wants {error}, which arrays do not need and which could run "

@@ -11,6 +11,7 @@ import pandas as pd
 from jaxtyping import Float
 
 from conki_lib.config import MODALITY_NAMES
+from conki_lib.data.pickles import BadFile
 
 Range = tuple[float | int, float | int]
 
@@ -35,6 +36,17 @@ class RawCorpus:
     cleaned: dict[str, int] = field(default_factory=dict)
     notes: dict[str, str] = field(default_factory=dict)
 
+    def number_duplicates(self) -> None:
+        """Give utterances that share id and split a number, also behind the clip; counted."""
+        table = self.utterances.copy()
+        same = [c for c in ("id", "standard") if c in table]
+        nth = table.groupby(same, dropna=False).cumcount()
+        for column in ("id", "clip"):
+            numbered = table[column] + "#" + (nth + 1).astype(str)
+            table[column] = table[column].where(nth == 0, numbered)
+        self.utterances = table
+        self.cleaned["duplicate ids numbered"] = int((nth > 0).sum())
+
 
 def guess_language(texts: Sequence[str]) -> str:
     """``"zh"`` if a tenth of the utterances or more hold Chinese characters, else ``"en"``."""
@@ -48,6 +60,20 @@ def last_frame(frames: Float[np.ndarray, "l d_in"] | np.ndarray) -> int:
     return int(held[-1]) + 1 if len(held) else 0
 
 
+def _frames(row: Any) -> np.ndarray:
+    """(l, d_in) from an array or nested lists; one vector is one frame."""
+    lists = (list, tuple)
+    if isinstance(row, lists) and any(
+        isinstance(value, lists) for frame in row if isinstance(frame, lists) for value in frame
+    ):  # NumPy would look through all of it, however deep it is
+        raise ValueError("nested too deep")
+    frames = np.asarray(row)
+    frames = frames.reshape(1, -1) if frames.ndim == 1 else frames
+    if frames.ndim != 2 or frames.dtype.kind not in "fiub" or (len(frames) and not frames.size):
+        raise ValueError(f"shape {frames.shape}, {frames.dtype}")
+    return frames
+
+
 @dataclass
 class PaddedSequences:
     """Sequences of one modality, padded at the back with zeros, cut to their true length.
@@ -56,20 +82,26 @@ class PaddedSequences:
 
     Args:
         m: ``"v"`` or ``"a"``.
-        parts: per split: anything with rows of shape (l, d_in) or (d_in,), and the stated lengths.
+        parts: per split, under the name that errors give it: anything with rows of shape (l, d_in)
+            or (d_in,), and the stated lengths.
         cleaned: counts are entered here at the end of each pass.
     """
 
     m: str
-    parts: list[tuple[Any, np.ndarray | None]]
+    parts: dict[str, tuple[Any, np.ndarray | None]]
     cleaned: dict[str, int]
 
     def padded(self) -> Iterator[tuple[np.ndarray, int | None]]:
         """Each utterance as it lies in the file: all frames, and the stated length."""
-        for rows, stated in self.parts:
+        for name, (rows, stated) in self.parts.items():
             for i, row in enumerate(rows):
-                frames = np.asarray(row)
-                frames = frames.reshape(1, -1) if frames.ndim == 1 else frames
+                try:
+                    frames = _frames(row)
+                except (TypeError, ValueError) as error:
+                    raise BadFile(
+                        f"{name}: {MODALITY_NAMES[self.m]} of row {i} is no array (l, d) of "
+                        f"numbers ({error}): correct it, or get the file again"
+                    ) from error
                 yield frames, None if stated is None else int(stated[i])
 
     def __iter__(self) -> Iterator[np.ndarray]:

@@ -5,17 +5,11 @@ A store holds ``features.safetensors`` (``vision.values`` (sum of l_v, d_v), ``v
 utterance) and ``info.json`` (`StoreInfo`).
 """
 
-import errno
 import hashlib
 import json
-import os
-import shutil
 import struct
-import tempfile
-import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -24,13 +18,13 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from filelock import FileLock, Timeout
 from jaxtyping import Float, Int
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from conki_lib.config import MODALITY_NAMES, near_names
+from conki_lib.data.aside import written_aside
 from conki_lib.data.packing import (
     COLUMNS,
     SEQUENCES,
@@ -52,7 +46,6 @@ FETCHABLE = (
     "mmmo-open",
     "pom-open",
 )
-_MINUTE = 60.0
 
 
 class StoreInfo(BaseModel):
@@ -147,7 +140,7 @@ def write_store(
     if set(sequences) - set(SEQUENCES):
         raise ValueError(f"sequences: 'v' and 'a' are known, not {sorted(sequences)}")
     table, folds = checked_table(utterances, name, label_range, folds)
-    with _aside(destination, overwrite) as folder:
+    with written_aside(destination, overwrite) as folder:
         digest = hashlib.sha256(canonical(table, name, language, label_range))
         packed = write_features(folder / FEATURES, table, sequences, folds, digest)
         table.to_parquet(folder / UTTERANCES, index=False)
@@ -180,69 +173,6 @@ def _check_destination(destination: Path, overwrite: bool) -> None:
             f"{destination} holds a store already: remove that folder to build it anew, or choose "
             "another destination"
         )
-
-
-@contextmanager
-def _aside(destination: Path, overwrite: bool) -> Iterator[Path]:
-    """Give a new folder beside the destination; rename it at the end, remove it on any error."""
-    parent = destination.parent
-    parent.mkdir(parents=True, exist_ok=True)
-    prefix = f".{destination.name}.partial-"
-    _remove_dead(parent, prefix)
-    folder = Path(tempfile.mkdtemp(prefix=prefix, dir=parent))
-    folder.chmod(0o755)
-    lock = FileLock(folder / ".lock")
-    lock.acquire()
-    try:
-        yield folder
-        _move_in(folder, destination, overwrite)
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            written = sum(p.stat().st_size for p in folder.iterdir()) / 1e6
-            raise OSError(
-                error.errno,
-                f"no space left for {destination} after {written:.0f} MB (removed again): free "
-                "some space, or choose another disk with the variable CONKI_DATA",
-            ) from error
-        raise
-    finally:
-        lock.release()
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def _remove_dead(parent: Path, prefix: str) -> None:
-    """Remove what killed writers left: old folders whose lock is free; a live writer's is held."""
-    for folder in parent.glob(prefix + "*"):
-        lock = FileLock(folder / ".lock")
-        try:
-            if time.time() - folder.stat().st_mtime < _MINUTE:  # its writer may be about to lock it
-                continue
-            lock.acquire(timeout=0)
-        except (Timeout, OSError):
-            continue
-        shutil.rmtree(folder, ignore_errors=True)
-        lock.release()
-
-
-def _move_in(folder: Path, destination: Path, overwrite: bool) -> None:
-    for path in folder.iterdir():
-        with path.open("rb") as file:
-            os.fsync(file.fileno())
-    old = folder.with_name(folder.name.replace(".partial-", ".replaced-"))
-    if overwrite and destination.exists():
-        destination.rename(old)
-    try:
-        folder.rename(destination)
-    except OSError as error:
-        if old.exists():
-            old.rename(destination)
-        if error.errno in (errno.ENOTEMPTY, errno.EEXIST):
-            raise FileExistsError(
-                f"{destination}: another process has built it meanwhile; use that one"
-            ) from error
-        raise
-    (destination / ".lock").unlink(missing_ok=True)
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def _modalities(table: pd.DataFrame, packed: Mapping[str, Packed]) -> tuple[str, ...]:

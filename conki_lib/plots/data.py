@@ -47,6 +47,14 @@ def lengths(view: SplitView, m: str) -> Integer[np.ndarray, " N"]:
     return np.array([len(text.split()) for text in texts])
 
 
+def is_placeholder(view: SplitView, m: str) -> Bool[np.ndarray, " N"]:
+    """Which utterances have no frames of ``"v"`` or ``"a"``: a store holds one zero step there."""
+    short = view.lengths(m) == 1 if m != "t" else np.zeros(len(view), bool)
+    rows = view.rows[short].tolist()
+    short[short] = [not view.store.frames(m, row).any() for row in rows]
+    return short
+
+
 def feature_ranges(store: FeatureStore, split: str = "train", seed: int = 0) -> pd.DataFrame:
     """Describe every vision and audio feature of a split, one row each, raw values.
 
@@ -172,7 +180,11 @@ def length_figure(stores: Mapping[str, FeatureStore]) -> Figure:
             unit = (
                 ("characters" if store.info.language == "zh" else "words") if m == "t" else "steps"
             )
-            _draw_lengths(ax, {s: lengths(store[s], m) for s in store.splits}, unit)
+            found = {s: lengths(store[s], m) for s in store.splits}
+            kept = {s: ~is_placeholder(store[s], m) for s in store.splits}
+            _draw_lengths(ax, {s: x[kept[s]] for s, x in found.items() if kept[s].any()}, unit)
+            if left_out := sum(int((~k).sum()) for k in kept.values()):
+                ax.set_title(f"{ax.get_title()} ({left_out:,} without it left out)")
     _split_legend(fig)
     return fig
 
@@ -282,6 +294,9 @@ def _cut(text: str, most: int) -> str:
 def audit_figure(audits: Mapping[str, pd.DataFrame]) -> Figure:
     """Draw every check of an audit and the share of what it found; clean checks say so.
 
+    A check that one corpus does not have, such as that of texts where there are none, is "not
+    there".
+
     Args:
         audits: title -> table with columns check, found, of, share.
     """
@@ -294,9 +309,20 @@ def audit_figure(audits: Mapping[str, pd.DataFrame]) -> Figure:
         for y, (count, of, share) in enumerate(found[["found", "of", "share"]].to_numpy(float)):
             text = "not there" if np.isnan(count) else f"{count:,.0f} of {of:,.0f}"
             text, color = (text, INK) if count > 0 else (text if of != of else "none", MUTED)
-            ax.text(np.nan_to_num(share) + 0.02, y, text, va="center", fontsize=8, color=color)
-        ax.set(title=title, xlim=(0, 1.5), xticks=[0, 0.5, 1], xlabel="share")
+            side = (
+                dict(ha="right", x=share - 0.02)
+                if share > 0.5
+                else dict(x=np.nan_to_num(share) + 0.02)
+            )
+            ax.text(y=y, s=text, va="center", fontsize=8, color=color, **side)
+        ax.set(title=title, xlim=(0, 1), xticks=[0, 0.5, 1], xlabel="share of those checked")
         ax.grid(axis="y", visible=False)
     axes[0, 0].set_yticks(np.arange(len(checks)), checks, fontsize=8)
     axes[0, 0].invert_yaxis()
+    fig.supxlabel(
+        "Conversion refuses repeated ids and labels outside the range, and replaces what "
+        "is not finite: a store has none of them left.",
+        fontsize=8,
+        color=MUTED,
+    )
     return fig

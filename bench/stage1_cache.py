@@ -1,0 +1,404 @@
+"""Stage 1 from cached hidden states against backbones that run anew in every epoch.
+
+    python bench/stage1_cache.py            # about 25 minutes on two cores, 4 GB of disk
+    python bench/stage1_cache.py --quick    # tiny sizes, nothing written
+    python bench/stage1_cache.py --page     # page and figure from the committed results
+
+Stage 1 trains adapters on frozen backbones. Its `fit` runs one epoch (training, then validation) on
+`synthetic-external` with and without the cache, in turns, from the same weights and seed. Weights
+and predictions after it are compared. What the parts take alone (reading states, backbones) says
+where the time goes, and how large the ratio could be if reading were free.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ["CONKI_HEADLESS"] = "1"
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import torch
+from contrastive_loss import DOCS, RESULTS, machine, median_ratio
+from torch import nn
+from torch.utils.data import DataLoader
+
+from conki_lib.config import MODALITIES, RunConfig
+from conki_lib.data import FeatureStore, fetch, open_store
+from conki_lib.data.store import write_store
+from conki_lib.fitting import Job, fit, precision
+from conki_lib.losses import task_loss
+from conki_lib.model import build_model, freeze_for_injection
+from conki_lib.plots.style import PAIR_COLORS, save_figure, use_style
+from conki_lib.states import StateReader, cached_states
+from conki_lib.training import make_loaders
+
+CORPUS, NAME = "synthetic-external", "stage1_cache"
+BASE = dict(d=768, layers=12, heads=12, ff=3072)
+TINY = dict(d=16, layers=3, heads=2, ff=32)
+RELEASED = dict(adapter_width=768, adapter_heads=12, adapter_ff=3072)
+
+
+@dataclass(frozen=True)
+class Case:
+    """A backbone and adapters on a part of the corpus."""
+
+    label: str
+    adapters: dict
+    backbone: dict | None = None  # sizes of a BERT of random weights; None: the default backbone
+    utterances: tuple[int, int] = (3200, 400)  # train, valid
+    rounds: int = 3
+
+
+CASES = {
+    "default": Case("MiniLM, 6 layers of 384; adapters 128 wide", {}),
+    "base, small": Case(
+        "BERT-base, 12 layers of 768; adapters 128 wide", {}, BASE, (960, 128)
+    ),
+    "base, released": Case(
+        "BERT-base, 12 layers of 768; adapters as released, 768 wide", RELEASED, BASE, (960, 128)
+    ),
+}  # fmt: skip
+SMALL = dict(adapter_width=8, adapter_heads=2, adapter_ff=12, encoder_heads=2, encoder_ff=24)
+QUICK = {"tiny": Case("a tiny BERT and tiny adapters", SMALL, TINY, (64, 16), 2)}
+
+
+def task_only(output, y, *_: float) -> dict:
+    """The loss of stage 1."""
+    loss = task_loss(output.y_hat, y)
+    return {"loss": loss, "loss_task": loss}
+
+
+def part_of(store: FeatureStore, folder: Path, counts: tuple[int, int]) -> FeatureStore:
+    """A store of the first utterances of both splits."""
+    views = [store[split] for split in ("train", "valid")]
+    rows = np.concatenate([v.rows[:n] for v, n in zip(views, counts, strict=True)])
+    tables = [v.table.iloc[:n] for v, n in zip(views, counts, strict=True)]
+    table = pd.concat(tables)[["id", "video", "clip", "text", "y", "standard"]]
+    sequences = {m: [store.frames(m, int(row)) for row in rows] for m in store.info.widths}
+    facts = dict(name=CORPUS, language="en", label_range=(-3.0, 3.0))
+    return open_store(
+        write_store(folder / CORPUS, table.reset_index(drop=True), sequences, **facts)
+    )
+
+
+def save_backbone(folder: Path, sizes: dict, texts: list[str]) -> str:
+    """Save a BERT of random weights whose tokenizer knows the corpus's words; return its name."""
+    from transformers import BertConfig, BertTokenizer
+
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    words = special + sorted({word for text in texts for word in text.lower().split()})
+    BertTokenizer(vocab={w: i for i, w in enumerate(words)}).save_pretrained(folder)
+    BertConfig(
+        vocab_size=max(30522, len(words)),
+        hidden_size=sizes["d"],
+        num_hidden_layers=sizes["layers"],
+        num_attention_heads=sizes["heads"],
+        intermediate_size=sizes["ff"],
+    ).save_pretrained(folder)
+    return str(folder)
+
+
+class TimedJob(Job):
+    """Also remembers the processor time at the end of the epoch, before checkpoints are written."""
+
+    def score(self, split: str) -> dict[str, float]:
+        """As `Job` does; the last thing in an epoch."""
+        result = super().score(split)
+        self.ended = time.process_time()
+        return result
+
+
+class Bench:
+    """Stage 1 of one case: model, loaders and cache."""
+
+    def __init__(self, case: Case, folder: Path) -> None:
+        self.folder = folder
+        self.store = part_of(open_store(fetch(CORPUS)), folder, case.utterances)
+        chosen = dict(case.adapters, stage1_epochs=1, widths={CORPUS: dict(self.store.info.widths)})
+        if case.backbone:
+            texts = [text for s in ("train", "valid") for text in self.store[s].table["text"]]
+            name = save_backbone(folder / "bert", case.backbone, texts)
+            chosen |= dict(text_backbone=name, text_init="random", d=case.backbone["d"])
+        self.config = RunConfig(**chosen)
+        torch.manual_seed(0)
+        self.model = build_model(self.config.model)
+        freeze_for_injection(self.model)
+        self.start = {k: v.clone() for k, v in self.model.state_dict().items()}
+        self.loaders = self.new_loaders()
+        self.readers: dict[str, StateReader] = {}
+
+    def new_loaders(self) -> dict[str, DataLoader]:
+        """Loaders of both splits; text is tokenised here."""
+        return make_loaders(self.config, self.store, self.config.stage1, splits=("train", "valid"))
+
+    def build_cache(self) -> dict:
+        """Compute all states; seconds and bytes."""
+        start = time.perf_counter()
+        self.model.eval()
+        for split, loader in self.loaders.items():
+            states = {
+                m: cached_states(self.model, loader, key={"bench": split}, modality=m)
+                for m in MODALITIES
+            }
+            assert None not in states.values(), "the disk has too little space"
+            self.readers[split] = StateReader(states)
+        seconds = time.perf_counter() - start
+        files = [f for f in (self.folder / "runs").rglob("*") if f.is_file()]
+        return {"build_seconds": seconds, "bytes": sum(f.stat().st_size for f in files)}
+
+    def epoch(self, cached: bool, turn: int) -> tuple[dict[str, float], dict, pd.DataFrame]:
+        """One epoch of `fit` from the start: its seconds, weights and predictions after it."""
+        self.model.load_state_dict(self.start)
+        job = TimedJob(
+            f"{'cached' if cached else 'recomputed'} {turn}", self.model, self.loaders,
+            self.config.stage1, self.config.runtime, task_only, (-3.0, 3.0),
+            self.folder / f"fit-{cached}-{turn}", self.readers if cached else {},
+        )  # fmt: skip
+        job.folder.mkdir()
+        busy = time.process_time()
+        _, history = fit(job)
+        spent = {"clock": history[0]["seconds"], "cpu": job.ended - busy}
+        weights = {k: v.clone() for k, v in self.model.state_dict().items()}
+        predictions = job.predict("valid")
+        shutil.rmtree(job.folder)
+        return spent, weights, predictions
+
+    @torch.no_grad()
+    def alone(self) -> dict[str, float]:
+        """Seconds that reading states and running backbones take in an epoch, nothing else."""
+        self.model.eval()
+        return {
+            "reading": sum(seconds(self.loaders[s], self.readers[s]) for s in self.readers),
+            "backbones": sum(seconds(self.loaders[s], self.model.encode) for s in self.readers),
+        }
+
+
+def seconds(loader: DataLoader, what: Callable) -> float:
+    """Time a pass over a loader that does something with every batch."""
+    start = time.perf_counter()
+    for batch in loader:
+        what(batch)
+    return time.perf_counter() - start
+
+
+def measure(case: Case) -> dict:
+    """All that is asked of one case."""
+    with workplace() as folder, precision("fp32-fast"):
+        bench = Bench(case, folder)
+        result = {"label": case.label, "utterances": case.utterances, "rounds": case.rounds}
+        result |= bench.build_cache()
+        result |= {"trained": count(bench.model, True), "frozen": count(bench.model, False)}
+        spent: dict[str, list[dict]] = {"cached": [], "recomputed": [], "alone": []}
+        for turn in range(case.rounds):
+            spent["alone"].append(bench.alone())
+            after = {}
+            for name in ("cached", "recomputed"):
+                found, *after[name] = bench.epoch(name == "cached", turn)
+                spent[name].append(found)
+            result |= differences(*after.values(), start=bench.start)
+    return result | summary(spent)
+
+
+@contextmanager
+def workplace() -> Iterator[Path]:
+    """A temporary folder that also takes the cache."""
+    before = os.environ.get("CONKI_RUNS")
+    with tempfile.TemporaryDirectory() as name:
+        os.environ["CONKI_RUNS"] = str(Path(name) / "runs")
+        try:
+            yield Path(name)
+        finally:
+            os.environ.pop("CONKI_RUNS")
+            if before is not None:
+                os.environ["CONKI_RUNS"] = before
+
+
+def count(model: nn.Module, trained: bool) -> int:
+    """Parameters that are trained, or frozen."""
+    return sum(p.numel() for p in model.parameters() if p.requires_grad == trained)
+
+
+def differences(cached: list, recomputed: list, *, start: dict) -> dict[str, float]:
+    """How far weights and predictions lie apart after the epoch, and how far weights went."""
+    (w, table), (v, other) = cached, recomputed
+    return {
+        "weights_apart": max(float((w[k] - v[k]).abs().max()) for k in w),
+        "weights_moved": max(float((v[k] - start[k]).abs().max()) for k in v),
+        "predictions_apart": float((table["y_hat"] - other["y_hat"]).abs().max()),
+        "mae_apart": abs(mae(table) - mae(other)),
+    }
+
+
+def mae(table: pd.DataFrame) -> float:
+    """Mean absolute error of predictions."""
+    return float((table["y_hat"] - table["y"]).abs().mean())
+
+
+def summary(spent: dict[str, list[dict]]) -> dict[str, float]:
+    """Medians over rounds; ratios of the same round."""
+    result = {}
+    for name, rounds in spent.items():
+        for what in rounds[0]:
+            result[f"{name}_{what}"] = statistics.median(r[what] for r in rounds)
+    for how in ("clock", "cpu"):
+        sides = [[r[how] for r in spent[name]] for name in ("recomputed", "cached")]
+        result[f"ratio_{how}"] = median_ratio(*sides)
+    both = zip(spent["recomputed"], spent["alone"], strict=True)
+    training = [max(r["clock"] - a["backbones"], 1e-9) for r, a in both]
+    result["ratio_limit"] = median_ratio([r["clock"] for r in spent["recomputed"]], training)
+    return result
+
+
+def run(cases: dict[str, Case]) -> dict:
+    """All cases."""
+    with precision("fp32-fast"):
+        facts = machine(torch.get_float32_matmul_precision())
+    result = {"machine": facts, "cases": {}}
+    for name, case in cases.items():
+        result["cases"][name] = measure(case)
+        print(name, json.dumps(result["cases"][name], indent=1), flush=True)
+    return result
+
+
+# --- page and figure ----------------------------------------------------------------------------
+
+
+def draw(result: dict) -> plt.Figure:
+    """Seconds of an epoch, both ways, per case."""
+    use_style()
+    rows = pd.DataFrame(result["cases"]).T
+    fig, ax = plt.subplots(figsize=(8, 3.6))
+    at = np.arange(len(rows))
+    sides = (("recomputed", "backbones anew", "P1"), ("cached", "from the cache", "N1"))
+    for i, (name, label, color) in enumerate(sides):
+        values = rows[f"{name}_clock"].astype(float)
+        bars = ax.barh(at + 0.4 * i - 0.2, values, 0.36, color=PAIR_COLORS[color], label=label)
+        ax.bar_label(bars, [f"{x:.3g}" for x in values], padding=3, fontsize=9)
+    ax.set_yticks(at, [label.replace("; ", "\n") for label in rows["label"]])
+    ax.set(title="An epoch of stage 1", xlabel="seconds")
+    ax.invert_yaxis()
+    ax.margins(x=0.1)
+    ax.grid(axis="y", visible=False)
+    ax.legend(loc="best")
+    return fig
+
+
+def page(result: dict) -> str:
+    """The page of the benchmark; every number in it comes from the result."""
+    cases = result["cases"].values()
+    speed = [
+        f"| {c['label']} | {c['recomputed_clock']:.1f} s | {c['cached_clock']:.1f} s "
+        f"| {c['ratio_clock']:.1f} | {c['ratio_cpu']:.1f} | {c['ratio_limit']:.1f} | at least 10 |"
+        for c in cases
+    ]
+    parts = [
+        f"| {c['label']} | {c['utterances'][0]} + {c['utterances'][1]} | {c['frozen'] / 1e6:.1f} "
+        f"| {c['trained'] / 1e6:.1f} | {c['alone_backbones']:.2f} s | {c['alone_reading']:.2f} s "
+        f"| {c['build_seconds']:.1f} s | {c['bytes'] / 1e6:.0f} MB |"
+        for c in cases
+    ]
+    same = [
+        f"| {c['label']} | {c['weights_apart']:.1e} | {c['weights_moved']:.1e} "
+        f"| {c['predictions_apart']:.1e} | {c['mae_apart']:.1e} |"
+        for c in cases
+    ]
+    return PAGE.format(
+        facts="\n".join(f"- {key}: {value}" for key, value in result["machine"].items()),
+        speed="\n".join(speed),
+        parts="\n".join(parts),
+        same="\n".join(same),
+        met=verdict([c["ratio_clock"] for c in cases]),
+        rounds=max(c["rounds"] for c in cases),
+    )
+
+
+def verdict(ratios: list[float]) -> str:
+    """Whether ten times was reached, in words."""
+    met = sum(ratio >= 10 for ratio in ratios)
+    return f"Ten times is reached in {met} of {len(ratios)} cases by the clock."
+
+
+PAGE = """# Stage 1 from cached hidden states
+
+Written by `python bench/stage1_cache.py`; every number below comes from
+`results/bench/stage1_cache.json`.
+
+Stage 1 trains adapters on frozen backbones, whose hidden states never change. The library computes
+them once, and trains from a memory-mapped cache. Here one epoch of `fit`, training and validation,
+runs both ways in turns, from the same weights and seed, on `synthetic-external` or its first
+utterances; batches of 32, fp32-fast, medians of {rounds} rounds. The BERT has random weights, which
+changes no time.
+
+{facts}
+
+![seconds of an epoch, both ways](stage1_cache.png)
+
+## Asked and found
+
+| | backbones anew | from the cache | ratio by the clock | processor time | free reading | asked |
+|---|---:|---:|---:|---:|---:|---:|
+{speed}
+
+{met} The cache takes the backbones out of the epoch; what stays is training the adapters, forward
+and backward, and the heads. The ratio therefore is one plus backbones over adapters, and small
+adapters below a large backbone gain most. "Free reading" is the epoch divided by what is
+left of it without the backbones: no cache can do better with the same adapters.
+
+## What the parts take
+
+Parameters in millions; seconds of a pass over both splits that does nothing else.
+
+| | utterances | frozen | trained | backbones | reading states | building the cache | its size |
+|---|---:|---:|---:|---:|---:|---:|---:|
+{parts}
+
+A cache is shared by all runs with the same backbone and corpus, whatever their adapters' sizes,
+and pays for itself in the second epoch.
+
+## The same result
+
+Largest absolute differences between both ways after the epoch; beside them, how far the weights
+moved in it. States are computed in batches of other lengths than those that training sees, so that
+sums are rounded differently.
+
+| | weights | weights moved by | predictions on valid | MAE |
+|---|---:|---:|---:|---:|
+{same}
+"""
+
+
+def main() -> None:
+    """Measure, write the record, the figure and the page."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="tiny sizes, nothing written")
+    parser.add_argument("--page", action="store_true", help="redraw from the committed results")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    given = parser.parse_args()
+    torch.set_num_threads(given.threads)
+    if given.page:
+        result = json.loads((RESULTS / f"{NAME}.json").read_text())
+    else:
+        result = run(QUICK if given.quick else CASES)
+    if given.quick:
+        draw(result)
+        print(page(result))
+        return
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    (RESULTS / f"{NAME}.json").write_text(json.dumps(result, indent=1) + "\n")
+    save_figure(draw(result), NAME, "bench", producer=NAME, folder=DOCS)
+    (DOCS / f"{NAME}.md").write_text(page(result))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,64 @@
+"""Full, read-only and over-quota disks: one clear error in place of what each library raises."""
+
+import errno
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+WORDS = {
+    errno.ENOSPC: "no space left",
+    errno.EDQUOT: "the quota is used up",
+    errno.EROFS: "the disk is read-only",
+    errno.EACCES: "no permission to write",
+    errno.EPERM: "no permission to write",
+}
+_PROBE = 1 << 16  # bytes
+
+
+class DiskError(OSError):
+    """Something could not be written; the message names the folder and the way out."""
+
+
+def disk_problem(folder: Path) -> int | None:
+    """Try to write a little into a folder, without a trace.
+
+    Returns:
+        The number of the error where it is one of `WORDS`, else None.
+    """
+    while not folder.is_dir() and folder != folder.parent:
+        folder = folder.parent
+    try:
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(bytes(_PROBE))
+    except OSError as error:
+        return error.errno if error.errno in WORDS else None
+    return None
+
+
+@contextmanager
+def explained(what: str, folder: Path, way_out: str) -> Iterator[None]:
+    """Say clearly what could not be written, and where, if the disk is why something failed.
+
+    On a full disk safetensors raises an error of its own, PyTorch a RuntimeError and NumPy an
+    OSError without a number, none of which names the cause reliably; so the disk is asked.
+
+    Args:
+        what: is being written: ``"the checkpoint"``.
+        folder: where; it need not exist yet.
+        way_out: what the user can do.
+
+    Raises:
+        DiskError: the disk is full or cannot be written; any other error passes unchanged.
+    """
+    try:
+        yield
+    except DiskError:
+        raise
+    except Exception as error:
+        code = error.errno if isinstance(error, OSError) else None
+        if code not in WORDS:
+            code = disk_problem(folder)
+        if code is None:
+            raise
+        raise DiskError(code, f"{WORDS[code]} for {what} in {folder}: {way_out}") from error
