@@ -35,6 +35,8 @@ DEFAULT_ROWS = {
 ROWS = pipeline.parse_rows(
     str(config.get("rows", DEFAULT_ROWS.get(PROFILE, "full,w/o C4"))), PROFILE
 )
+# the default profile and fresh=1 train; others show committed records where today's code made them
+TRAINS = PROFILE == "synthetic" or bool(config.get("fresh"))
 BESIDE = ("wo-C4", "text-only")  # what notebook 04 shows beside `full`
 VARIANTS = {slug(row): row for row in ROWS}
 
@@ -59,6 +61,20 @@ def marker(*parts):
     return str(JOBS / "-".join(map(str, parts)))
 
 
+def is_committed(chosen, stage):
+    return not TRAINS and pipeline.is_committed(chosen, stage)
+
+
+def is_done(chosen, stage):
+    return pipeline.is_finished(chosen, stage) or is_committed(chosen, stage)
+
+
+def training(chosen, stage):
+    """What a notebook is told where only a committed record answers: show it."""
+    shown = is_committed(chosen, stage) and not pipeline.is_finished(chosen, stage)
+    return "-p train=false" if shown else ""
+
+
 def shares_stage_1(name, seed, fold):
     full = ablation.configure(PROFILE, "full", seed, fold=fold)
     chosen = CONFIGS[name, seed, fold]
@@ -81,10 +97,10 @@ def agree():
     rendered = JOBS / "state"
     fresh = rendered.is_file() and rendered.read_text() == pipeline.state(PROFILE)
     truth = {marker("data", name): (corpus_path(name) / "info.json").is_file() for name in CORPORA}
-    truth |= {marker("stage1", f"s{seed}"): pipeline.is_finished(
+    truth |= {marker("stage1", f"s{seed}"): is_done(
         ablation.configure(PROFILE, "full", seed), 1) for seed in STAGE_1_SEEDS}  # fmt: skip
     truth |= {
-        marker(name, f"s{seed}", fold): pipeline.is_finished(chosen, 2)
+        marker(name, f"s{seed}", fold): is_done(chosen, 2)
         for (name, seed, fold), chosen in CONFIGS.items()
     }
     for path, finished in truth.items():
@@ -144,12 +160,14 @@ rule stage_1:
     wildcard_constraints:
         seed=r"\d+",
     params:
+        train=lambda w: training(ablation.configure(PROFILE, "full", int(w.seed)), 1),
         out=str(EXECUTED / f"{STAGE_1}-s{{seed}}.ipynb"),
     threads: 4
     resources:
         mem_mb=8000, runtime=240,
     shell:
-        "{CONKI} run {STAGE_1} --profile {PROFILE} -p seed={wildcards.seed} -o {params.out}"
+        "{CONKI} run {STAGE_1} --profile {PROFILE} -p seed={wildcards.seed}"
+        " {params.train} -o {params.out}"
 
 
 rule variant:
@@ -161,6 +179,7 @@ rule variant:
     wildcard_constraints:
         name="|".join(map(re.escape, VARIANTS)), seed=r"\d+", fold=r"[\w.-]+",
     params:
+        train=lambda w: training(CONFIGS[w.name, int(w.seed), w.fold], 2),
         variant=lambda w: shlex.quote(f"variant={VARIANTS[w.name]}"),
         out=str(EXECUTED / f"{STAGE_2}-{{name}}-s{{seed}}-{{fold}}.ipynb"),
     threads: 4
@@ -168,7 +187,7 @@ rule variant:
         mem_mb=8000, runtime=480,
     shell:
         "{CONKI} run {STAGE_2} --profile {PROFILE} -p {params.variant} -p seed={wildcards.seed}"
-        " -p fold={wildcards.fold} -o {params.out}"
+        " -p fold={wildcards.fold} {params.train} -o {params.out}"
 
 
 rule merge:

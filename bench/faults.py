@@ -16,12 +16,14 @@ import json
 import os
 import platform
 import random
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from hashlib import sha256
 from pathlib import Path
 
@@ -130,9 +132,19 @@ def trained(folder: Path) -> dict[str, float]:
     return {p.parent.name: p.stat().st_mtime for p in (folder / "runs").glob("*/*/record.json")}
 
 
+def phase(said: str) -> str:
+    """What the pipeline was doing last: starting, a rule before its training, or epochs of it."""
+    rules = list(re.finditer(r"^(?:local)?rule (\w+):", said, re.M))
+    if not rules:
+        return "start"
+    epochs = " epochs" if re.search(r"epoch \d+/\d+", said[rules[-1].end() :]) else ""
+    return rules[-1][1] + epochs
+
+
 def attempt(folder: Path, log: Path, after: float | None, everything: bool) -> dict:
     """Start the pipeline and kill it after some seconds, unless it has ended by then."""
     known, began = trained(folder), time.monotonic()
+    seen = log.stat().st_size if log.is_file() else 0
     leader = start(folder, log)
     try:
         code = leader.wait(timeout=after)
@@ -144,6 +156,7 @@ def attempt(folder: Path, log: Path, after: float | None, everything: bool) -> d
         "seconds": round(time.monotonic() - began, 1),
         "killed": code is None and ("everything" if everything else "first process"),
         "code": code,
+        "during": phase(log.read_text()[seen:]),
         "finished_before": len(known),
         "finished_after": len(now),
         "repeated": sum(now.get(name) != when for name, when in known.items()),
@@ -258,6 +271,7 @@ def page(result: dict) -> str:
     rounds, both = result["rounds"], result["two_at_once"]
     attempts = [a for r in rounds for a in r["attempts"]]
     killed = [a for a in attempts if a["killed"]]
+    phases = Counter(a["during"] for a in killed)
     lines = [
         f"| {i} | {_moments(r)} | {max(a['finished_before'] for a in r['attempts'])} | "
         f"{sum(a['repeated'] for a in r['attempts'])} | {len(r['leftovers'])} | "
@@ -270,6 +284,7 @@ def page(result: dict) -> str:
         seed=result["seed"],
         seconds=result["undisturbed_seconds"],
         repeated=sum(a["repeated"] for a in attempts),
+        phases=", ".join(f"{name} {n}" for name, n in phases.most_common()),
         facts="\n".join(f"- {k}: {v}" for k, v in result["machine"].items()),
         lines="\n".join(lines),
         second=both["second"],
@@ -294,7 +309,8 @@ project) was run once undisturbed ({seconds} s) and then killed by SIGKILL {kill
 live on beside the next start. Each round begins with nothing, and the pipeline is started again
 until it ends. Compared with the undisturbed run are all records (provenance aside), the
 predictions, and the SHA-256 of every run's weights. A finished run that was trained again would
-count as repeated: {repeated} were.
+count as repeated: {repeated} were. What was going on when the kills came (`epochs`: a checkpoint
+was there or being written): {phases}.
 
 {facts}
 

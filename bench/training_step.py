@@ -1,6 +1,6 @@
 """One fine-tuning step at the released shapes: a plain implementation against this library's.
 
-    python bench/training_step.py            # on two cores about an hour, 20 GB of memory
+    python bench/training_step.py            # on two cores about 75 minutes, 20 GB of memory
     python bench/training_step.py --quick    # tiny sizes, nothing written
     python bench/training_step.py --page     # page and figure from the committed results
 
@@ -22,7 +22,7 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -388,7 +388,8 @@ class Bench:
         plugged = {m: self.ours.plugged(m) for m in MODALITIES}
         freeze_for_fine_tuning(self.ours, injected=MODALITIES)
         self.objective = Objective(self.config.contrast)
-        self.optimizers = {}
+        self.optimizers: dict[str, torch.optim.Optimizer] = {}
+        self.compiled: dict[nn.Module, Callable] = {}
         if any(not VARIANTS[name].library for name in which):
             self.plain = PlainConKI(self.config.model, plugged)
             self.plain.load_state_dict(plain_state(self.ours.state_dict()))
@@ -450,9 +451,14 @@ class Bench:
             self.ours.checkpoint_activations = on
         elif variant.option == "compiled":
             for part in (self.ours.encoders["t"].backbone.encoder, *stacks(self.ours)):
-                part._compiled_call_impl = None
-                if on:
-                    part.compile(dynamic=True)
+                part._compiled_call_impl = self._compiled(part) if on else None
+
+    def _compiled(self, part: nn.Module) -> Callable:
+        """The compiled form of a part; kept, so that only the first use compiles."""
+        if part not in self.compiled:
+            torch._dynamo.config.recompile_limit = 64  # counted over all parts
+            self.compiled[part] = torch.compile(part._call_impl, dynamic=True)
+        return self.compiled[part]
 
     def step(self, variant: Variant, batch: Batch) -> float:
         """Take one step; return the loss."""
@@ -609,10 +615,10 @@ def timed(bench: Bench, names: list[str]) -> list[dict]:
 def measure(name: str, quick: bool, threads: int) -> dict:
     """Peak memory of a variant, in a process of its own."""
     command = [sys.executable, __file__, "--one", name, "--threads", str(threads)]
-    done = subprocess.run(
-        command + ["--quick"] * quick, stdout=subprocess.PIPE, text=True, check=True
-    )
-    result = json.loads(done.stdout.splitlines()[-1])
+    done = subprocess.run(command + ["--quick"] * quick, stdout=subprocess.PIPE, text=True)
+    result = {"variant": name, "peak_bytes": None}  # as when it was killed for lack of memory
+    if not done.returncode:
+        result = json.loads(done.stdout.splitlines()[-1])
     print(result, flush=True)
     return result
 
@@ -645,6 +651,7 @@ def memory_peak() -> int:
 def run(sizes: Sizes, names: list[str], quick: bool) -> dict:
     """All measurements."""
     facts = machine(torch.get_float32_matmul_precision())
+    del facts["product precision"]  # each variant has its own
     facts["device"] = torch.cuda.get_device_name() if DEVICE.type == "cuda" else "CPU"
     result = {"machine": facts, "sizes": asdict(sizes), "parity": parity()}
     with tempfile.TemporaryDirectory() as folder:
@@ -759,7 +766,7 @@ same loss and gradient (checked at each start, see below).
 
 ## Asked and found
 
-| | asked | by the clock | by processor time | memory |
+| | asked | by the clock | by processor time | peak memory, plain over this |
 |---|---:|---:|---:|---:|
 {verdicts}
 
@@ -774,11 +781,11 @@ mean over {batches} batches, evenly spread over the lengths that occur.
 {ladder}
 
 A factor belongs to its place: behind another measure the same one may contribute more or less.
-PyTorch's fused attention on a CPU takes no dropout; the trained layers have dropout and fall back
-to the same matrix products, so the kernel pays there only in frozen adapters. In the library these
-are in evaluation mode; the plain ones are not. In bf16 on a CPU the library asks for the plain
-products throughout, since the fused kernel's way back is slow there. Peak memory is that of the
-whole process on the largest batch of the variant's kind, weights and optimiser included.
+PyTorch's fused attention on a CPU takes no dropout: layers with dropout, all of the plain model's,
+fall back to the same matrix products. Only the library's frozen adapters, in evaluation mode, use
+it, and in bf16 not even these, since the kernel's way back is slow there. A GPU's kernels take
+dropout. Peak memory is that of the whole process on the largest batch of the variant's kind,
+weights and optimiser included.
 
 ## Options
 

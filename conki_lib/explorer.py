@@ -32,7 +32,7 @@ from conki_lib.pairs import (
     row_names,
     sentiment_class,
 )
-from conki_lib.plots.pairs import draw_matrix, set_codes
+from conki_lib.plots.pairs import FILL, MATRIX_COLORS, draw_matrix, set_codes
 from conki_lib.plots.plane import POINT_SIZES, RING, draw_plane, rep_legend
 from conki_lib.plots.style import INK, MUTED, PAIR_COLORS, PAIR_NAMES, REP_COLORS, REP_MARKERS
 
@@ -45,7 +45,7 @@ START_DEGREES = (
     (65, 140, 200, 75, 155, 190),
 )
 SAMPLES = (3, 6)
-SMALLEST_TAU = 0.01
+SMALLEST_TAU = 0.005  # as in the run configuration
 LONGEST_ARROW = 0.5  # radians
 
 
@@ -54,13 +54,17 @@ def plane(angles: Float[Tensor, "*S"]) -> Float[Tensor, "*S 2"]:
     return torch.stack([angles.cos(), angles.sin()], dim=-1)
 
 
+def _start(samples: int) -> Float[Tensor, "B K"]:
+    return torch.tensor(START_DEGREES[:samples], dtype=torch.float64).deg2rad()
+
+
 @dataclass
 class ExplorerState:
     """A batch in the plane and the settings of the loss; everything shown follows from them.
 
     Attributes:
         y: three to six labels.
-        tau: temperature, 0.01 or more.
+        tau: temperature, 0.005 or more.
         form: "released" or "paper".
         n1: "symmetric" or "literal".
         without: sets that are switched off.
@@ -93,31 +97,31 @@ class ExplorerState:
 
     def restart(self) -> None:
         """Put all vectors back to where they started."""
-        degrees = torch.tensor(START_DEGREES[: len(self.y)], dtype=torch.float64)
-        self.angles = degrees.deg2rad()
+        self.angles = _start(len(self.y))
 
     def update(self, **changes: object) -> None:
-        """Change settings, all or none.
+        """Change settings, all or none; vectors stay where they are, new samples bring theirs.
 
         Raises:
             ValueError: an unknown setting, or a value that does not fit; nothing has changed.
+            TypeError: a value of the wrong kind, such as text for a number; likewise.
         """
         known = [field.name for field in fields(self)]
         for name in changes:
             if name not in known:
                 raise ValueError(f"unknown setting {name!r}{near_names(name, known)}")
-        before = {name: getattr(self, name) for name in known}
+        before = vars(self).copy()
         try:
             vars(self).update(changes)
             if self.anchor not in self.rows and "anchor" not in changes:
                 self.anchor = self.rows[0]
             self._check()
-        except ValueError:
+            self._settle()
+        except Exception:
             vars(self).update(before)
             raise
-        self._settle()
-        if len(self.y) != len(self.angles):
-            self.restart()
+        kept = self.angles[: len(self.y)]
+        self.angles = torch.cat([kept, _start(len(self.y))[len(kept) :]])
 
     def _settle(self) -> None:
         """Build the pair sets, once per change."""
@@ -207,7 +211,7 @@ def _matrix_svg(state: ExplorerState) -> Iterator[str]:
             yield (
                 f'<rect x="{_EDGE + columns[0] * cell:.1f}" y="{top:.1f}" '
                 f'width="{len(columns) * cell:.1f}" height="{cell:.1f}" '
-                f'fill="{fill}" fill-opacity=".62"/>'
+                f'fill="{fill}" fill-opacity="{FILL}"/>'
             )
         yield _label_svg(name, _EDGE - 4, middle, size, "end") + "</g>"
         yield _label_svg(name, _EDGE + (p + 0.5) * cell, _EDGE - 8, size, "middle")
@@ -269,7 +273,7 @@ def summary(state: ExplorerState) -> str:
     lines, counts, mates_of = [], state.masks.counts(ordered=False), state.pairs_of()
     for name in SETS:
         mates = ", ".join(mates_of[name]) or "–"
-        swatch = f'<span style="color:{PAIR_COLORS[name]}">&#9632;</span>'
+        swatch = f'<span style="color:{MATRIX_COLORS[name]}">&#9632;</span>'
         lines.append(
             f'<tr style="vertical-align:top"><td style="white-space:nowrap">'
             f"{swatch} <b>{name}</b></td>"
@@ -378,6 +382,7 @@ class Explorer:
             kept = anchor.value if anchor.value in rows else rows[0]
             anchor.options, anchor.value = rows, kept
         values = {name: control.value for name, control in self.settings.items()}
+        values["tau"] = max(values["tau"], SMALLEST_TAU)  # the slider's end may miss a last digit
         self.state.update(y=y, without=without, **values)
 
     def _move(self, action: Any) -> None:
@@ -394,7 +399,7 @@ class Explorer:
 def _tau_slider(tau: float, **look: Any) -> widgets.FloatLogSlider:
     """A slider whose steps hit the given value exactly: browsers snap to the steps."""
     step, start = 0.05, math.log10(tau)
-    down = min(16, int((start - math.log10(SMALLEST_TAU)) / step))
+    down = int((start - math.log10(SMALLEST_TAU)) / step)
     return widgets.FloatLogSlider(
         tau, min=start - down * step, max=start + 18 * step, step=step, **look
     )

@@ -20,6 +20,8 @@ import pandas as pd
 from conki_lib.config import ROOT, RunConfig
 from conki_lib.disk import explained
 from conki_lib.records import (
+    committed_records,
+    config_key,
     load_records,
     local_records,
     provenance,
@@ -77,6 +79,16 @@ def is_finished(config: RunConfig, stage: int) -> bool:
         return False  # no data yet
     data = {name: store.fingerprint for name, store in stores.items()}
     return (run_folder(resolved, stage, data) / "record.json").is_file()
+
+
+def is_committed(config: RunConfig, stage: int) -> bool:
+    """Does ``results/`` hold a record of this run by the code as it is now?
+
+    The data need not be here; those that `conki fetch` brings are pinned by checksums.
+    """
+    wanted = config_key(config, stage)
+    committed = committed_records(config.profile)
+    return any(r.config_key == wanted and r.is_current for r in committed)
 
 
 def state(profile: str) -> str:
@@ -162,10 +174,11 @@ def only_plans(arguments: Sequence[str]) -> bool:
 
 
 def command(
-    profile: str, *, rows: str = "", seeds: str = "", cores: int = 2, extra: Sequence[str] = ()
-) -> list[str]:
+    profile: str, *, rows: str = "", seeds: str = "", cores: int = 2, fresh: bool = False,
+    extra: Sequence[str] = (),
+) -> list[str]:  # fmt: skip
     """The Snakemake call of one pipeline; empty rows and seeds are left to the Snakefile."""
-    given = {"profile": profile, "rows": rows, "seeds": seeds}
+    given = {"profile": profile, "rows": rows, "seeds": seeds, "fresh": "1" if fresh else ""}
     settings = [f"{name}={value!r}" for name, value in given.items() if value]
     start = [sys.executable, "-m", "snakemake", "--directory", str(ROOT)]
     start += ["--snakefile", str(ROOT / "Snakefile"), "--nolock", "--cores", str(cores)]
@@ -177,7 +190,7 @@ def start(profile: str, *, fresh: bool = False, extra: Sequence[str] = (), **opt
 
     Args:
         profile: ``configs/<profile>.yml``.
-        fresh: begin anew; earlier runs are moved to ``runs/replaced/``.
+        fresh: train, whatever records are committed; earlier runs move to ``runs/replaced/``.
         extra: further arguments for Snakemake, such as targets or ``--dry-run``.
         **options: `rows`, `seeds` and `cores` of `command`.
 
@@ -190,7 +203,7 @@ def start(profile: str, *, fresh: bool = False, extra: Sequence[str] = (), **opt
         lock(runs_dir(profile).parent)
         if fresh:
             set_aside(profile)
-    arguments = command(profile, extra=extra, **options)
+    arguments = command(profile, fresh=fresh, extra=extra, **options)
     os.execv(arguments[0], arguments)
 
 

@@ -117,3 +117,16 @@ def test_pipeline_rejects_an_unknown_profile_before_anything(conki, tmp_path):
 def test_debug_shows_the_traceback(conki, monkeypatch):
     monkeypatch.setenv("CONKI_DEBUG", "1")
     assert isinstance(conki("run", "99_nothing").exception, FileNotFoundError)
+
+
+def test_convert_passes_on_roles_folds_and_range(conki, tmp_path, monkeypatch):
+    from conki_lib import data
+
+    asked = {}
+    monkeypatch.setattr(data, "convert", lambda *paths, **options: asked.update(options))
+    conki("convert", "x", "y", "--folds", "f.json", "--role", "v=a.csd", "--role", "a=b.csd",
+          "--label-range", "-4", "4", "--number-duplicates")  # fmt: skip
+    assert asked["folds"] == Path("f.json") and asked["roles"] == {"v": "a.csd", "a": "b.csd"}
+    assert asked["label_range"] == (-4, 4) and asked["number_duplicates"]
+    conki("convert", "x", "y")
+    assert asked["folds"] is asked["roles"] is None and not asked["number_duplicates"]

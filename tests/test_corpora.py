@@ -7,8 +7,10 @@ import multiprocessing
 import shutil
 import threading
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pooch
 import pytest
 import requests
@@ -386,3 +388,13 @@ def test_trim_keeps_zero_steps_inside():
     steps = np.array([[0.0], [1], [0], [2], [0], [0]])
     np.testing.assert_array_equal(open_corpora.trim(steps), [[1], [0], [2]])
     assert open_corpora.trim(np.zeros((4, 2))).shape == (0, 2)
+
+
+def test_the_leak_is_told_with_the_measured_numbers():
+    root = Path(__file__).resolve().parents[1]
+    probes = pd.read_csv(root / "results" / "mosi-open" / "input_probes.csv")
+    vision = probes[probes["modality"] == "v"].set_index("group")["acc2_non0"]
+    told = (root / "data" / "README.md").read_text(encoding="utf-8").split("know the labels")[1]
+    told = " ".join(told.split("| file")[0].replace("\n>", " ").split())
+    for group in ("videos the extractor saw", "videos it did not see"):
+        assert f"{100 * vision[group]:.1f} %" in told

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from test_formats import ANY_FILE, WRONG
 
 from conki_lib.data import open_store
 from conki_lib.data.csd import CsdFile
@@ -16,6 +17,7 @@ from conki_lib.data.formats import convert, inspect_path
 from conki_lib.data.layouts import CSD_ODDITIES, write_csd_layout
 from conki_lib.data.pickles import BadFile
 
+GARBAGE = {kind: WRONG[kind] for kind in ANY_FILE}
 SHARED = settings(
     max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
@@ -37,7 +39,8 @@ def corpus(folder: Path, **parts: dict[str, tuple[Any, Any]]) -> Path:
     write(folder / "labels.csd", "Opinion Labels", labels)
     for name, data in parts.items():
         write(folder / f"{name}.csd", name, data)
-    (folder / "folds.json").write_text(json.dumps({"train": ["v"], "valid": [], "test": ["w"]}))
+    folds = {"train": ["v"], "valid": [], "test": ["w"] if "w" in labels else []}
+    (folder / "folds.json").write_text(json.dumps(folds))
     return folder
 
 
@@ -129,7 +132,9 @@ def test_oddities_are_counted(tmp_path: Path) -> None:
         "x": ([[0, 1]], [[2.0]]),
     }
     facet = {"v": ([[0, 0.4], [nan, nan], [2.2, 2.4]], [[1.0, nan], [2, 2], [np.inf, -np.inf]])}
-    store = open_store(convert(corpus(tmp_path / "c", labels=labels, FACET=facet), tmp_path / "s"))
+    folder = corpus(tmp_path / "c", labels=labels, FACET=facet)
+    with pytest.warns(UserWarning, match="1 labelled videos in no split of standard, e.g. x"):
+        store = open_store(convert(folder, tmp_path / "s"))
     assert store.utterances["id"].tolist() == ["v$_$0", "v$_$2", "w$_$0", "x$_$0"]
     assert store.utterances["standard"].tolist()[:3] == ["train", "train", "test"]
     assert store.utterances["standard"].isna().tolist()[3]
@@ -137,13 +142,15 @@ def test_oddities_are_counted(tmp_path: Path) -> None:
     cleaned = {k: n for k, n in store.info.cleaned.items() if n}
     assert cleaned == {
         "segments without label or time": 2,
+        "labelled videos in no split of standard": 1,
         "vision.video not in the file": 2,
         "vision.empty": 3,
         "vision.nan": 1,
         "vision.+inf": 1,
         "vision.-inf": 1,
     }
-    found = inspect_path(tmp_path / "c")
+    with pytest.warns(UserWarning, match="in no split"):
+        found = inspect_path(tmp_path / "c")
     assert "segments without label or time 2" in str(found)
     assert {p.name for p in tmp_path.iterdir()} == {"c", "s"}
 
@@ -202,6 +209,9 @@ def test_roles_and_folds_can_be_given(tmp_path: Path) -> None:
         (lambda f: h5py.File(f / "z.csd", "w").close(), {}, "z.csd is an HDF5 file, but no .csd"),
         (lambda f: write(f / "z.csd", "FACET", {"v": ([[0, 1]], np.ones((2, 3)))}), {},
          "z.csd: v has 2 rows and 1 intervals"),
+        (lambda f: write(f / "labels.csd", "labels", {"v": ([[0, 1]] * 2, np.ones((1, 1)))}), {},
+         "labels.csd: v has 1 rows and 2 intervals"),
+        (lambda f: None, {"folds": {"train": ["v"], "test": ["V"]}}, "test: none of its videos is"),
     ],
 )  # fmt: skip
 def test_what_does_not_fit_is_named(
@@ -212,6 +222,24 @@ def test_what_does_not_fit_is_named(
     with pytest.raises(BadFile, match=message):
         convert(folder, tmp_path / "s", **options)
     assert [p.name for p in tmp_path.iterdir()] == ["c"]
+
+
+@pytest.mark.parametrize("kind", GARBAGE)
+def test_garbage_in_the_place_of_a_file_is_named(tmp_path: Path, kind: str) -> None:
+    make, what, way_out = GARBAGE[kind]
+    folder = corpus(tmp_path / "c")
+    make(folder / "FACET.csd")
+    for read in (inspect_path, lambda source: convert(source, tmp_path / "s")):
+        with pytest.raises(BadFile, match=f"FACET.csd is {what}.*{way_out}"):
+            read(folder)
+    assert [p.name for p in tmp_path.iterdir()] == ["c"]
+
+
+def test_videos_that_folds_name_in_vain_are_counted(tmp_path: Path) -> None:
+    folder = corpus(tmp_path / "c")
+    with pytest.warns(UserWarning, match="2 videos of standard that are not labelled, e.g. X"):
+        store = open_store(convert(folder, tmp_path / "s", folds={"train": ["v", "w", "X"]}))
+    assert store.info.cleaned["videos of standard that are not labelled"] == 2
 
 
 def test_a_truncated_file_is_named(tmp_path: Path) -> None:

@@ -47,10 +47,25 @@ def _cut(path: Path, keep: float, fill: bool = False) -> None:
 MOSI_SHA = next(iter(RELEASES))
 POINTER = f"version https://git-lfs.github.com/spec/v1\noid sha256:{MOSI_SHA}\nsize 5\n"
 PAGE = b"\n<!DOCTYPE html><html><head><title>Google Drive - Quota exceeded</title></head></html>"
+ENDLESS: list[Any] = []
+ENDLESS += [ENDLESS, ENDLESS]
 WRONG: dict[str, tuple[Callable[[Path], Any], str, str]] = {
     "empty": (lambda p: p.write_bytes(b""), "an empty file", "get it again"),
     "zeros": (lambda p: p.write_bytes(bytes(10_000)), "a file of zeros", "get it again"),
+    "zero head": (
+        lambda p: p.write_bytes(bytes(9000) + b"x"),
+        "a file that begins with zeros",
+        "get it again",
+    ),
     "html": (lambda p: p.write_bytes(PAGE), "an HTML page.*Quota exceeded", "get it again"),
+    "html, BOM": (lambda p: p.write_bytes(b"\xef\xbb\xbf" + PAGE), "an HTML page", "get it again"),
+    "html, UTF-16": (
+        lambda p: p.write_text(PAGE.decode(), "utf-16"),
+        "an HTML page.*Quota",
+        "get it again",
+    ),
+    "script": (lambda p: p.write_text("<script>x()</script>"), "an HTML page", "get it again"),
+    "answer": (lambda p: p.write_text('{"error": {"code": 403}}'), "a server's error", "again"),
     "git-lfs": (
         lambda p: p.write_text(POINTER),
         "a git-lfs pointer to MMSA's MOSI/Processed/unaligned_50.pkl",
@@ -71,10 +86,17 @@ WRONG: dict[str, tuple[Callable[[Path], Any], str, str]] = {
         "wants builtins.eval",
         "do not load",
     ),
-    "no format": (lambda p: p.write_bytes(b"id,text,y\n"), "no known format", "MMSA pickles"),
+    "no format": (
+        lambda p: p.write_bytes(b"id,text,y\n"),
+        "no known format",
+        "MMSA pickles.*again",
+    ),
     "hdf5": (lambda p: p.write_bytes(b"\x89HDF\r\n\x1a\n" + bytes(99)), "HDF5", "again"),
     "folder": (lambda p: p.mkdir(), "a folder without .csd files", "give an MMSA pickle"),
 }
+
+
+ANY_FILE = list(WRONG)[: list(WRONG).index("truncated")]  # recognised whatever was expected
 
 
 @pytest.mark.parametrize("kind", WRONG)
@@ -233,6 +255,29 @@ def test_labels_may_be_nested_and_features_single_vectors(tmp_path: Path) -> Non
         (lambda c: c["test"].update(regression_labels=["good"] * 3), "no list of numbers"),
         (lambda c: c["test"]["regression_labels"].__setitem__(1, np.nan), "label y = nan is no"),
         (lambda c: c["train"].update(audio=np.zeros((6, 7, 5))), "audio of row.*wide"),
+        (lambda c: c["test"]["regression_labels"].__setitem__(1, np.inf), "label y = inf is no"),
+        (lambda c: c["test"].update(raw_text=None), "'test': raw_text is NoneType, no list"),
+        (lambda c: c["test"].update(raw_text=5), "'test': raw_text is int, no list"),
+        (lambda c: c["test"].update(raw_text=[{}] * 3), "raw_text of row 0 is or holds a dict"),
+        (lambda c: c["test"].update(id=None), "'test': id is NoneType, no list"),
+        (lambda c: c["test"].update(id=[["v", ENDLESS], "b", "c"]), "id of row 0 is nested too"),
+        (lambda c: c["test"].update(id=[["v"] * 99, "b", "c"]), "id of row 0 has too many parts"),
+        (lambda c: c["test"].update(regression_labels=[ENDLESS]), "list of numbers .is nested"),
+        (lambda c: c["test"].update(vision=[None] * 3), "'test': vision of row 0 is no array"),
+        (lambda c: c["test"].update(vision=["a"] * 3), "'test': vision of row 0 is no array"),
+        (lambda c: c["test"].update(vision=[ENDLESS] * 3), "vision of row 0.*nested too deep"),
+        (lambda c: c["test"].update(vision=np.array(["a", [], 1], object)), "vision of row 0 is"),
+        (lambda c: c["test"].update(vision=np.zeros((3, 10**15, 0))), "vision has the shape"),
+        (lambda c: c["test"].update(vision=[np.zeros((10**15, 0))] * 3), "vision of row 0 is no"),
+        (lambda c: c["test"].update(vision_lengths=["a"] * 3), "vision_lengths is no list of num"),
+        (lambda c: c["test"].update(vision_lengths=[2**79] * 3), "vision_lengths holds"),
+        (lambda c: c["test"].update(vision_lengths=[np.nan] * 3), "vision_lengths holds"),
+        (lambda c: c.update(fold5=c.pop("test")), "split 'fold5' is not known"),
+        (lambda c: c.update(dev=c["valid"]), "split 'dev' is there twice"),
+        (
+            lambda c: [part.update({k: v[:0] for k, v in part.items()}) for part in c.values()],
+            "no utterance",
+        ),
     ],
 )
 def test_what_does_not_fit_is_named_before_anything_is_written(
@@ -241,9 +286,41 @@ def test_what_does_not_fit_is_named_before_anything_is_written(
     content = whole(mmsa_layout())
     damage(content)
     (tmp_path / "x.pkl").write_bytes(pickle.dumps(content))
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(BadFile, match=f"(?s)x.pkl.*{message}"):
         convert(tmp_path / "x.pkl", tmp_path / "s")
     assert [p.name for p in tmp_path.iterdir()] == ["x.pkl"]
+
+
+def test_a_split_of_another_usual_name_is_read(tmp_path: Path) -> None:
+    content = whole(mmsa_layout())
+    content["dev"] = content.pop("valid")
+    (tmp_path / "x.pkl").write_bytes(pickle.dumps(content))
+    store = open_store(convert(tmp_path / "x.pkl", tmp_path / "s"))
+    assert store.splits == ("train", "valid", "test")
+    assert store["valid"].table["text"].tolist() == content["dev"]["raw_text"]
+
+
+def test_duplicates_in_one_split_are_numbered_on_request(tmp_path: Path) -> None:
+    content = whole(mmsa_layout())
+    content["train"]["id"][1] = content["train"]["id"][0]
+    (tmp_path / "x.pkl").write_bytes(pickle.dumps(content))
+    with pytest.raises(BadFile, match=r"x\.pkl.*rows 0 and 1.*--number-duplicates"):
+        convert(tmp_path / "x.pkl", tmp_path / "s")
+    store = open_store(convert(tmp_path / "x.pkl", tmp_path / "s", number_duplicates=True))
+    first, second = store["train"].columns["id"][:2]
+    assert second == first + "#2" and store.info.cleaned["duplicate ids numbered"] == 1
+    content["test"]["id"][0] = content["train"]["id"][0]
+    (tmp_path / "y.pkl").write_bytes(pickle.dumps(content))
+    with pytest.raises(BadFile, match="test and train.*leak"):
+        convert(tmp_path / "y.pkl", tmp_path / "t", number_duplicates=True)
+
+
+def test_inspection_lists_a_width_that_changes(tmp_path: Path) -> None:
+    content = whole(mmsa_layout())
+    content["test"]["vision"] = np.ones((3, 9, 5), "f4")
+    (tmp_path / "x.pkl").write_bytes(pickle.dumps(content))
+    found = inspect_path(tmp_path / "x.pkl").defects.set_index("check")["found"]
+    assert found["vision: sequences of another width than the first"] == 3
 
 
 # --- planted defects --------------------------------------------------------------------------
@@ -558,15 +635,43 @@ def test_own_data_from_files_frames_and_datasets_agree(tmp_path: Path) -> None:
         (lambda f: f, {"a": {"00": np.zeros((1, 2))}}, "audio: no array for the id '01'"),
         (lambda f: f, {"v": 3}, "vision: a folder, .* not int"),
         (lambda f: f, {"v": [np.zeros((1, 2))] * 5}, "vision: 5 sequences for 6 utterances"),
+        (lambda f: f, {"v": "text"}, r"text.00\.npy is no array of numbers"),
+        (lambda f: f, {"v": "objects"}, r"objects.00\.npy is no array of numbers"),
     ],
 )
 def test_own_data_that_does_not_fit_is_named(
     tmp_path: Path, change: Callable[[Any], Any], arrays: Any, message: str
 ) -> None:
     frame = change(_own(tmp_path))
+    for name in ("text", "objects"):
+        (tmp_path / name).mkdir()
+        for i in frame["id"]:
+            np.save(tmp_path / name / f"{i}.npy", np.array([None, "x"], object))
+            if name == "text":
+                (tmp_path / name / f"{i}.npy").write_text("1,2,3")
+    arrays = {m: tmp_path / a if a in ("text", "objects") else a for m, a in arrays.items()}
     with pytest.raises(ValueError, match=message):
         from_frame(frame, arrays, tmp_path / "s")
     assert not (tmp_path / "s").exists()
+
+
+def test_a_table_that_is_missing_is_named(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"gone\.csv: there is no such file"):
+        from_frame(tmp_path / "gone.csv", {}, tmp_path / "s")
+
+
+def test_own_data_without_clips_goes_out_and_comes_back(tmp_path: Path) -> None:
+    frame = pd.DataFrame(
+        {"y": [0.0, 1, 2, 3], "split": ["train"] * 3 + ["test"], "video": ["a", "a", "b", "c"]}
+    )
+    store = open_store(from_frame(frame, {}, tmp_path / "s"))
+    assert store.utterances["clip"].tolist() == ["0", "1", "0", "0"]
+    back = open_store(convert(export_mmsa(store, tmp_path / "x.pkl"), tmp_path / "back"))
+    assert back.utterances["id"].tolist() == ["a$_$0", "a$_$1", "b$_$0", "c$_$0"]
+    same = frame.assign(clip="7", id=["p", "q", "r", "s"])  # two utterances are one clip
+    store = open_store(from_frame(same, {}, tmp_path / "same"))
+    content = pickle.loads(export_mmsa(store, tmp_path / "y.pkl").read_bytes())
+    assert content["train"]["id"] == ["p", "q", "r"]
 
 
 def test_the_example_of_the_data_book_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -340,3 +340,57 @@ def test_reading_row_by_row_needs_no_memory(tmp_path: Path, protocol: int) -> No
     extra, total = map(float, done.stdout.split())
     assert extra < (100 if protocol == 2 else 12)
     assert total == pytest.approx(array.sum(), rel=1e-3)
+
+
+# --- made to crash or to hang -----------------------------------------------------------------
+
+BOMB = b")" + b"2\x86" * 60  # t = (t, t), sixty times
+CODECS, MAKE = b"c_codecs\nencode\n", b"cnumpy.core.numeric\n_frombuffer\n"
+TRAPS = {
+    "deep key": (P + b"})" + b"\x85" * 200_000 + b"K\x01s.", "a dict key that is a tuple"),
+    "key": (P + b"}" + BOMB + b"K\x01s.", "a dict key that is a tuple"),
+    "keys": (P + b"}(" + BOMB + b"K\x01u.", "a dict key that is a tuple"),
+    "dict": (P + b"(" + BOMB + b"K\x01d.", "a dict key that is a tuple"),
+    "encoding": (P + CODECS + b"\x8c\x01x" + BOMB + b"\x86R.", "_codecs.encode to"),
+    "shape": (P + MAKE + b"(C\x00" + DTYPE + b"\x8c\x02f4\x85R" + BOMB + b"\x8c\x01CtR.", "shape"),
+    "dtype": (P + MAKE + b"(C\x00" + DTYPE + BOMB + b"\x85RK\x00\x8c\x01CtR.", "dtype"),
+    "axes": (
+        P + MAKE + b"(C\x00" + DTYPE + b"\x8c\x02f4\x85RK\x00K\x00\x86\x8c\x01K"
+        + BOMB + BOMB + b"\x86tR.", "axes in the order"
+    ),
+}  # fmt: skip
+READ = """
+import sys
+from conki_lib.data.pickles import BadFile, read_pickle
+for path in sys.argv[1:]:
+    try:
+        read_pickle(path)
+    except BadFile as error:
+        print(str(error).isprintable() and str(error), flush=True)
+"""
+
+
+def test_pickles_made_to_crash_or_hang_are_refused(tmp_path: Path) -> None:
+    for name, (stream, _) in TRAPS.items():
+        (tmp_path / f"{name}.pkl").write_bytes(stream)
+    command = [sys.executable, "-c", READ, *(tmp_path / f"{name}.pkl" for name in TRAPS)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    for said, (name, (_, message)) in zip(done.stdout.splitlines(), TRAPS.items(), strict=True):
+        assert f"{name}.pkl" in said and message in said
+
+
+def test_names_are_printed_without_their_control_characters(tmp_path: Path) -> None:
+    bad = tmp_path / "x.pkl"
+    bad.write_bytes(P + b"c\x1b[31mos\nsystem\n.")
+    with pytest.raises(UnsafePickle, match=r"\\x1b\[31mos\.system"):
+        read_pickle(bad)
+    bad.write_bytes(b"cnumpy\r\ndtype\r\n.")
+    with pytest.raises(BadFile, match=r"text mode \(CRLF\); copy it as binary"):
+        read_pickle(bad)
+
+
+def test_what_stands_behind_the_end_is_not_passed_over(tmp_path: Path) -> None:
+    bad = dump(tmp_path / "x.pkl", [1])
+    bad.write_bytes(bad.read_bytes() * 2)
+    with pytest.raises(BadFile, match=r"x\.pkl: behind the end .* 17 bytes more: another"):
+        read_pickle(bad)

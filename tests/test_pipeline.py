@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 from conki_lib import pipeline, records
 from conki_lib.config import RunConfig
@@ -59,6 +60,28 @@ def test_finished_is_what_has_a_record_for_these_data_and_this_code(
     (folder / "record.json").write_text("{}")
     assert pipeline.is_finished(config, 2)
     assert not pipeline.is_finished(config.replace(lam=0.5), 2)
+
+
+def test_committed_is_what_a_record_by_todays_code_answers(tmp_path, monkeypatch):
+    monkeypatch.setattr(records, "ROOT", tmp_path)
+    config = RunConfig(profile="p", target="toy", external=None, modalities="va")
+
+    def commit(code: str) -> None:
+        record = records.Record(
+            stage=2, profile="p", variant="full", fold="standard", seed=0, key="k",
+            config_key=records.config_key(config, 2), settings=config.flat(), data={}, code=code,
+            metrics={}, best_epoch=1, history=[],
+        )  # fmt: skip
+        path = records.results_dir("p") / "records.jsonl"
+        records.write_text(path, record.to_json() + "\n")
+
+    assert not pipeline.is_committed(config, 2)
+    commit("of another day")
+    assert not pipeline.is_committed(config, 2)
+    commit(records.code_hash())
+    assert pipeline.is_committed(config, 2)
+    assert not pipeline.is_committed(config.replace(lam=0.5), 2)
+    assert not pipeline.is_committed(config, 1)
 
 
 def test_state_follows_notebooks_library_and_records(tmp_path, monkeypatch):
@@ -188,6 +211,43 @@ def test_the_plan_orders_what_depends_on_each_other(plan):
     assert {"stage1-s1", "wo-C4-s1-standard"} <= set(inputs["full-s1-standard"])
     assert "stage1-s0" in inputs["wo-C4-s0-standard"]
     assert not any(x.startswith("stage1") for x in inputs["wo-C1-s0-standard"])
+
+
+def test_jobs_ask_for_memory_and_time(plan):
+    asked = re.findall(r"^rule (\w+):\n(?: .*\n)*?    resources: (.*)$", plan, re.M)
+    assert {"fetch", "stage_1", "variant", "report"} <= {rule for rule, _ in asked}
+    for rule, resources in asked:
+        if rule in ("all", "train", "merge"):
+            continue  # done where Snakemake runs, not by a job
+        found = dict(re.findall(r"(\w+)=(\d+)", resources))
+        assert int(found["mem_mb"]) >= 4000 and int(found["runtime"]) >= 60, (rule, resources)
+
+
+@pytest.mark.parametrize("name", ["slurm", "kubernetes"])
+def test_on_a_cluster_rules_that_train_ask_for_a_gpu(name):
+    profile = yaml.safe_load((ROOT / f"profiles/{name}/config.yaml").read_text())
+    rules = set(re.findall(r"^rule (\w+):", (ROOT / "Snakefile").read_text(), re.M))
+    given = profile["set-resources"]
+    assert set(given) <= rules and set(profile["set-threads"]) <= rules
+    assert {rule for rule, asked in given.items() if asked.get("gpu") == 1} == {
+        "stage_1",
+        "variant",
+    }
+    assert profile["retries"] >= 1 and profile["rerun-triggers"] == ["input"]
+
+
+def test_a_rehearsal_does_nothing(tmp_path):
+    environment = os.environ | {
+        "CONKI_RUNS": str(tmp_path / "runs"), "CONKI_DATA": str(tmp_path / "data")
+    }  # fmt: skip
+    command = pipeline.command("synthetic", rows="w/o C1", extra=["train", "--quiet", "all"])
+    done = subprocess.run(
+        [*command, "conki=true"], capture_output=True, text=True, env=environment, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    jobs = tmp_path / "runs/synthetic/.jobs"
+    assert {"data-synthetic", "wo-C1-s0-standard", "merge"} <= {p.name for p in jobs.iterdir()}
+    assert not (jobs / "state").exists() and not (tmp_path / "data").exists()
 
 
 def test_the_plan_executes_notebooks(plan):

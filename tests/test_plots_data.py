@@ -107,6 +107,18 @@ def test_audit_figure_says_what_was_found_what_not_and_what_was_not_checked(tmp_
     left, right = ([text.get_text() for text in ax.texts] for ax in figure.axes)
     assert set(left) == {"none"}
     assert "not there" in right and "1 of 4" in right and "2 of 2" in right
+    assert all(ax.get_xlim() == (0, 1) for ax in figure.axes)
+    silent = write(tmp_path / "silent", [""] * 4, [0.0] * 4, frames)
+    assert "texts that are empty" not in set(audit(silent)["check"])  # it has no text at all
+
+
+def test_lengths_leave_out_the_step_that_stands_for_no_frames(tmp_path):
+    frames = [np.zeros((0, 2), np.float32), *[np.ones((k, 2), np.float32) for k in (1, 3, 5)]]
+    store = write(tmp_path / "toy", ["a"] * 4, [0.0] * 4, frames)
+    assert plots.is_placeholder(store["train"], "v").tolist() == [True, False]
+    assert plots.is_placeholder(store["train"], "t").tolist() == [False, False]
+    vision = plots.length_figure({"toy": store}).axes[1]
+    assert "1 without it left out" in vision.get_title() + vision.get_title(loc="left")
 
 
 def test_correlations_equal_numpys_and_constants_give_zero(tmp_path):

@@ -13,6 +13,7 @@ import pytest
 import torch
 from matplotlib.colors import to_rgb
 from matplotlib.patches import FancyArrowPatch, Rectangle
+from matplotlib.path import Path as Curve
 
 from conki_lib.config import ROOT
 from conki_lib.pairs import REPS, SETS, pair_masks
@@ -53,7 +54,7 @@ def _seen_by_deuteranope(color: str) -> np.ndarray:
     return np.where(seen <= 0.0031308, 12.92 * seen, 1.055 * seen ** (1 / 2.4) - 0.055)
 
 
-@pytest.mark.parametrize("palette", [REP_COLORS, PAIR_COLORS])
+@pytest.mark.parametrize("palette", [REP_COLORS, PAIR_COLORS, pictures.MATRIX_COLORS])
 def test_colours_differ_for_colour_blind_eyes(palette: dict[str, str]) -> None:
     for a, b in itertools.combinations(palette.values(), 2):
         assert np.linalg.norm(_seen_by_deuteranope(a) - _seen_by_deuteranope(b)) > 0.15, (a, b)
@@ -134,6 +135,41 @@ def test_the_anchor_is_linked_to_each_other_row_in_its_sets_colour() -> None:
     colors = [link.get_edgecolor()[:3] for link in links]
     counts = {name: colors.count(to_rgb(color)) for name, color in PAIR_COLORS.items()}
     assert counts == {"P1": 2, "P2": 3, "N1": 9, "N2": 3}
+
+
+@pytest.mark.parametrize("anchor", ["O_t^1", "O_a^2", "A_v^2", "A_a^3"])
+def test_no_line_from_the_anchor_passes_behind_another_marker(anchor: str) -> None:
+    figure = pictures.draw_anchor(pair_masks(Y), Y, anchor)
+    figure.canvas.draw()
+    ax = figure.axes[0]
+    spots = np.array([ax.transData.transform(c.get_offsets()[0]) for c in ax.collections])
+    half = ax.collections[0].get_sizes()[0] ** 0.5 / 2 * figure.dpi / 72
+    for link in (p for p in ax.patches if isinstance(p, FancyArrowPatch)):
+        line = ax.transData.transform(_along(link.get_path()))
+        away = np.abs(line[:, None] - spots).max(-1).min(0)  # of each marker, as a square
+        assert (away < half).sum() == 2, anchor  # the two ends, nobody else
+        assert line[:, 1].min() > spots[:, 1].min() - 1.5 * half, "a line through the labels"
+
+
+def _along(path: Curve) -> np.ndarray:
+    """Points along a path of curves, in order."""
+    curves = [segment for segment, _ in path.iter_bezier()]
+    return np.concatenate([curve(np.linspace(0, 1, 200)) for curve in curves])
+
+
+def test_the_matrix_and_its_legend_have_the_same_colours_and_frames() -> None:
+    figure = pictures.draw_matrix(pair_masks(Y))
+    pictures.pair_legend(figure, matrix=True)
+    image = figure.axes[0].images[0]
+    shown = image.to_rgba(image.get_array(), alpha=image.get_alpha())
+    for name, swatch in zip(SETS, figure.legends[0].get_patches(), strict=True):
+        p, q = getattr(pair_masks(Y), name).nonzero()[0].tolist()
+        np.testing.assert_allclose(swatch.get_facecolor(), shown[p, q], atol=1e-6)
+        framed = swatch.get_edgecolor()[:3] == to_rgb(PAIR_COLORS[name])
+        assert framed == (name in ("P1", "N1")), name
+    pictures.pair_legend(figure.axes[0])
+    swatches = figure.axes[0].get_legend().get_patches()
+    assert [s.get_facecolor()[:3] for s in swatches] == [to_rgb(c) for c in PAIR_COLORS.values()]
 
 
 def test_comparisons_shares_and_temperature_have_one_panel_each() -> None:

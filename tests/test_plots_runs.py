@@ -43,6 +43,9 @@ def test_scatter_shows_every_utterance_and_keeps_wild_predictions_in_view():
     points = fig.axes[0].collections[0].get_offsets()
     assert len(points) == 3
     assert points[2][1] == pytest.approx(3.3)  # drawn at the border, counted as it is
+    crosses = fig.axes[0].collections[1].get_offsets()
+    assert len(crosses) == 1 and crosses[0][1] == pytest.approx(3.3)
+    assert [ax.get_xlabel().endswith("(x: 1 beyond)") for ax in fig.axes] == [True, False]
     assert "MAE 16.333" in fig.axes[0].get_title(loc="left") + fig.axes[0].get_title()
 
 

@@ -159,19 +159,11 @@ def read_csd(
     table["text"] = _texts(files["words"], segments) if "words" in files else ""
     sequences = {m: CsdSequences(files[m], m, segments, cleaned) for m in ("v", "a") if m in files}
     nbytes = {m: files[m].path.stat().st_size for m in sequences}
-    used = {r: f.path.name for r, f in files.items()}
+    used = [f"{MODALITY_NAMES.get(r, r)}: {f.path.name}" for r, f in files.items()]
+    notes, paths = {"files": ", ".join(used)}, [f.path for f in files.values()]
+    language, table = guess_language(table["text"].tolist()), table.drop(columns=["start", "end"])
     return RawCorpus(
-        folder,
-        "csd",
-        table.drop(columns=["start", "end"]),
-        sequences,
-        guess_language(table["text"].tolist()),
-        (-3, 3),
-        [f.path for f in files.values()],
-        nbytes,
-        None,
-        cleaned,
-        {"files": ", ".join(f"{MODALITY_NAMES.get(r, r)}: {n}" for r, n in used.items())},
+        folder, "csd", table, sequences, language, (-3, 3), paths, nbytes, None, cleaned, notes
     )
 
 

@@ -181,7 +181,8 @@ def inspect_raw(raw: RawCorpus) -> Inspection:
         **raw.notes,
     }
     table = raw.utterances
-    folds = [c for c in table if set(table[c].dropna().unique()) <= set(SPLITS) and c != "text"]
+    splits = {c: set(table[c].dropna().unique()) for c in table if c != "text"}
+    folds = [c for c, found in splits.items() if found and found <= set(SPLITS)]
     return _inspection(raw.path, summary, table, folds, raw.label_range, scans)
 
 

@@ -92,19 +92,9 @@ def read_mmsa(path: Path, content: dict[str, Any]) -> RawCorpus:
         notes["text"] = "no utterance of the file has any"
     language = guess_language(utterances["text"].tolist())
     small = language == "zh" or "y_T" in utterances
-    label_range = (-1, 1) if small else (-3, 3)
+    limits = (-1, 1) if small else (-3, 3)
     return RawCorpus(
-        path,
-        "mmsa",
-        utterances,
-        sequences,
-        language,
-        label_range,
-        [path],
-        nbytes,
-        None,
-        cleaned,
-        notes,
+        path, "mmsa", utterances, sequences, language, limits, [path], nbytes, None, cleaned, notes
     )
 
 

@@ -173,7 +173,8 @@ def length_figure(stores: Mapping[str, FeatureStore]) -> Figure:
     fig, axes = plt.subplots(len(stores), 3, figsize=(10, 2.4 * len(stores)), squeeze=False)
     for (title, store), row in zip(stores.items(), axes, strict=True):
         for m, ax in zip("tva", row, strict=True):
-            ax.set_title(f"{title}: {MODALITY_NAMES[m]}" if m == "t" else MODALITY_NAMES[m])
+            name = f"{title}: {MODALITY_NAMES[m]}" if m == "t" else MODALITY_NAMES[m]
+            ax.set_title(name)
             if m not in store.info.modalities:
                 _say(ax, f"no {MODALITY_NAMES[m]}\nin this corpus")
                 continue
@@ -184,13 +185,13 @@ def length_figure(stores: Mapping[str, FeatureStore]) -> Figure:
             kept = {s: ~is_placeholder(store[s], m) for s in store.splits}
             _draw_lengths(ax, {s: x[kept[s]] for s, x in found.items() if kept[s].any()}, unit)
             if left_out := sum(int((~k).sum()) for k in kept.values()):
-                ax.set_title(f"{ax.get_title()} ({left_out:,} without it left out)")
+                ax.set_title(f"{name} ({left_out:,} without it left out)")
     _split_legend(fig)
     return fig
 
 
 def _draw_lengths(ax: Axes, found: Mapping[str, np.ndarray], unit: str) -> None:
-    most = int(max(x.max() for x in found.values()))
+    most = max((int(x.max()) for x in found.values()), default=1)
     if most == 1:
         _say(ax, "one vector\nper utterance")
         return
@@ -309,12 +310,9 @@ def audit_figure(audits: Mapping[str, pd.DataFrame]) -> Figure:
         for y, (count, of, share) in enumerate(found[["found", "of", "share"]].to_numpy(float)):
             text = "not there" if np.isnan(count) else f"{count:,.0f} of {of:,.0f}"
             text, color = (text, INK) if count > 0 else (text if of != of else "none", MUTED)
-            side = (
-                dict(ha="right", x=share - 0.02)
-                if share > 0.5
-                else dict(x=np.nan_to_num(share) + 0.02)
-            )
-            ax.text(y=y, s=text, va="center", fontsize=8, color=color, **side)
+            end = np.nan_to_num(share)
+            x, ha = (end - 0.02, "right") if end > 0.5 else (end + 0.02, "left")
+            ax.text(x, y, text, ha=ha, va="center", fontsize=8, color=color)
         ax.set(title=title, xlim=(0, 1), xticks=[0, 0.5, 1], xlabel="share of those checked")
         ax.grid(axis="y", visible=False)
     axes[0, 0].set_yticks(np.arange(len(checks)), checks, fontsize=8)

@@ -7,9 +7,10 @@ import matplotlib.pyplot as plt
 import numpy as np
 from jaxtyping import Float
 from matplotlib.axes import Axes
-from matplotlib.colors import ListedColormap
+from matplotlib.colors import ListedColormap, to_hex, to_rgb
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch, Patch, Rectangle
+from matplotlib.path import Path
 from torch import Tensor
 
 from conki_lib.pairs import REPS, SETS, PairMasks, row_names
@@ -25,7 +26,11 @@ from conki_lib.plots.style import (
 )
 
 FRAME = "#D08A00"
-PAIR_COLORMAP = ListedColormap(["#FFFFFF", *(PAIR_COLORS[name] for name in SETS)])
+FILL = 0.62  # how strong a matrix's squares are, so that their figures stay legible
+MATRIX_COLORS = {
+    name: to_hex(FILL * np.array(to_rgb(color)) + 1 - FILL) for name, color in PAIR_COLORS.items()
+}
+PAIR_COLORMAP = ListedColormap(["#FFFFFF", *(MATRIX_COLORS[name] for name in SETS)])
 
 
 def set_codes(masks: PairMasks) -> np.ndarray:
@@ -37,9 +42,23 @@ def _names(masks: PairMasks, reps: Sequence[str]) -> list[str]:
     return row_names(len(masks.P1) // len(reps), reps)
 
 
-def pair_legend(target: Axes | Figure, sets: Sequence[str] = SETS, **where: object) -> None:
-    """Explain the colours of the pair sets in words."""
-    handles = [Patch(color=PAIR_COLORS[name], label=f"{name}  {PAIR_NAMES[name]}") for name in sets]
+def pair_legend(
+    target: Axes | Figure, sets: Sequence[str] = SETS, *, matrix: bool = False, **where: object
+) -> None:
+    """Explain the colours of the pair sets in words.
+
+    Args:
+        target: figure or axes that gets the legend.
+        sets: the sets to explain.
+        matrix: show each set as a square of `draw_matrix`, filled and framed as there.
+        where: place and columns, as for matplotlib's legend.
+    """
+    handles = []
+    for name in sets:
+        edge = PAIR_COLORS[name] if name[1] == "1" else MATRIX_COLORS[name]
+        look = {"fc": MATRIX_COLORS[name], "ec": edge, "lw": 1.8} if matrix else {}
+        look = look or {"color": PAIR_COLORS[name]}
+        handles.append(Patch(label=f"{name}  {PAIR_NAMES[name]}", **look))
     target.legend(handles=handles, **where)
 
 
@@ -81,10 +100,17 @@ def _place(name: str, reps: Sequence[str]) -> tuple[float, float]:
 
 
 def _link(ax: Axes, p: tuple[float, float], q: tuple[float, float], name: str) -> None:
-    bend = -0.25 if p[1] == q[1] else 0.06
+    """A line from p to q that passes over or between the markers on its way, never behind one."""
     style = {"color": PAIR_COLORS[name], "linewidth": 2.2 if name[1] == "1" else 1.8}
-    curve = f"arc3,rad={bend}"
-    ax.add_patch(FancyArrowPatch(p, q, connectionstyle=curve, arrowstyle="-", zorder=1, **style))
+    style |= {"arrowstyle": "-", "zorder": 1}
+    dx, dy = q[0] - p[0], q[1] - p[1]
+    if dy:  # leave and arrive steeply, cross the gap between the two rows in the middle
+        bends = [(p[0] + 0.25 * dx, p[1] + 0.56 * dy), (q[0] - 0.12 * dx, q[1] - 0.56 * dy)]
+        codes = [Path.MOVETO, *[Path.CURVE4] * 3]
+        ax.add_patch(FancyArrowPatch(path=Path([p, *bends, q], codes), **style))
+    else:  # an arc above the row; the nearer, the rounder
+        bend = -np.copysign(0.25 + 0.4 / abs(dx), dx)
+        ax.add_patch(FancyArrowPatch(p, q, connectionstyle=f"arc3,rad={bend}", **style))
 
 
 def draw_matrix(
@@ -94,7 +120,7 @@ def draw_matrix(
     names, codes = _names(masks, reps), set_codes(masks)
     if ax is None:
         _, ax = plt.subplots(figsize=(7.2, 7.5))
-    ax.imshow(codes, cmap=PAIR_COLORMAP, vmin=0, vmax=4, alpha=0.38)
+    ax.imshow(codes, cmap=PAIR_COLORMAP, vmin=0, vmax=4)
     for p, q in np.ndindex(codes.shape):
         code = codes[p, q]
         text = "·" if p == q else "" if not code else "1" if code <= 2 else "0"

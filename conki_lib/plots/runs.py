@@ -77,6 +77,8 @@ def prediction_scatter(
 ) -> Figure:
     """Draw predictions over truth, one panel per run; points in grey quadrants have the wrong sign.
 
+    Predictions beyond the frame are drawn as crosses on its edge, and counted.
+
     Args:
         tables: run -> table with columns y and y_hat.
         label_range: smallest and largest label.
@@ -90,10 +92,14 @@ def prediction_scatter(
         ax.plot([low, high], [low, high], color=MUTED, lw=1)
         alpha = float(np.clip(120 / max(len(table), 1), 0.15, 0.7))
         look = dict(s=16, alpha=alpha, color=RUN_COLORS[k % 4], marker=RUN_MARKERS[k % 4], lw=0)
-        ax.scatter(table["y"], table["y_hat"].clip(low, high), **look)
+        y, shown = table["y"], table["y_hat"].clip(low, high)
+        beyond = shown != table["y_hat"]
+        ax.scatter(y, shown, **look)
+        ax.scatter(y[beyond], shown[beyond], marker="x", color=INK, lw=1, s=16, clip_on=False)
         mae = (table["y_hat"] - table["y"]).abs().mean()
-        ax.set(title=f"{run}: MAE {mae:.3f}", xlabel="truth $y$", xlim=(low, high))
+        ax.set(title=f"{run}: MAE {mae:.3f}", xlim=(low, high))
         ax.set(ylim=(low, high), aspect="equal")
+        ax.set_xlabel(f"truth $y$ (x: {beyond.sum():,} beyond)" if beyond.any() else "truth $y$")
     axes[0, 0].set_ylabel(r"prediction $\hat y$")
     return fig
 

@@ -128,7 +128,7 @@ def _control(page: "sync_api.Page", label: str) -> "sync_api.Locator":
 
 def _shoot(page: "sync_api.Page", name: str) -> None:
     if folder := os.environ.get("CONKI_SCREENSHOTS"):
-        page.locator("g.row").first.scroll_into_view_if_needed()
+        page.locator("g.row").last.scroll_into_view_if_needed()
         page.screenshot(path=f"{folder}/{name}.png")
 
 
