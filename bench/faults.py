@@ -271,7 +271,7 @@ def page(result: dict) -> str:
     rounds, both = result["rounds"], result["two_at_once"]
     attempts = [a for r in rounds for a in r["attempts"]]
     killed = [a for a in attempts if a["killed"]]
-    phases = Counter(a["during"] for a in killed)
+    phases = Counter(a.get("during", "not noted") for a in killed)
     lines = [
         f"| {i} | {_moments(r)} | {max(a['finished_before'] for a in r['attempts'])} | "
         f"{sum(a['repeated'] for a in r['attempts'])} | {len(r['leftovers'])} | "

@@ -99,7 +99,7 @@ def page(lab: str) -> Iterator["sync_api.Page"]:
     """The notebook, open and run from its first cell to its last."""
     with sync_api.sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
-        page = browser.new_page(viewport={"width": 1400, "height": 1250})
+        page = browser.new_page(viewport={"width": 1400, "height": 1800})
         page.set_default_timeout(PATIENCE)
         here = lab.split("/lab")[0]
         page.route("**/*", lambda r: r.continue_() if r.request.url.startswith(here) else r.abort())
@@ -128,7 +128,7 @@ def _control(page: "sync_api.Page", label: str) -> "sync_api.Locator":
 
 def _shoot(page: "sync_api.Page", name: str) -> None:
     if folder := os.environ.get("CONKI_SCREENSHOTS"):
-        page.locator("g.row").last.scroll_into_view_if_needed()
+        page.locator("g.row").first.scroll_into_view_if_needed()
         page.screenshot(path=f"{folder}/{name}.png")
 
 
