@@ -326,7 +326,8 @@ def draw(result: dict) -> plt.Figure:
         ax.set(xscale="log", yscale="log", xlabel="B, samples of six representations, d = 768")
         ax.set_xticks(sorted({*timed["B"], *sizes}), sorted({*timed["B"], *sizes}), rotation=45)
         ax.minorticks_off()
-        ax.legend()
+        ax.set_ylim(top=30 * ax.get_ylim()[1])  # room for the legend above the curves
+        ax.legend(loc="upper left", fontsize=8)
     return fig
 
 
