@@ -316,7 +316,7 @@ def precision(name: str) -> Iterator[None]:
 
     fp32: full single precision. fp32-fast: oneDNN on a CPU (checked: still single precision),
     TF32 on a GPU. bf16: autocast to bfloat16; losses and norms stay in fp32. On a CPU attention is
-    then the plain one: the fused one takes eight times as long to go back through short sequences.
+    then the plain one: the fused one is far slower on its way back through short sequences.
     """
     before = torch.get_float32_matmul_precision()
     gpu = torch.cuda.is_available()

@@ -7,6 +7,7 @@ a finished one holds ``record.json``, written last. `merge` collects finished ru
 """
 
 import ast
+import contextlib
 import hashlib
 import json
 import math
@@ -255,7 +256,8 @@ def merge(profile: str) -> Path:
         The path of ``records.jsonl``.
     """
     target = results_dir(profile)
-    with FileLock(runs_dir(profile) / "merge.lock") if runs_dir(profile).is_dir() else _nothing():
+    runs = runs_dir(profile)  # without any run there is nothing to lock
+    with FileLock(runs / "merge.lock") if runs.is_dir() else contextlib.nullcontext():
         local = local_records(profile)
         tuning = [r for r in local if r.settings["tuning"]]
         final = [r for r in local if not r.settings["tuning"]]
@@ -266,14 +268,6 @@ def merge(profile: str) -> Path:
         path = write_text(target / "records.jsonl", "".join(r.to_json() + "\n" for r in kept))
         _merge_predictions(profile, [r for r in kept if r.stage == 2])
     return path
-
-
-class _nothing:
-    def __enter__(self) -> None:
-        """No run yet: nothing to lock."""
-
-    def __exit__(self, *_: object) -> None:
-        """Nothing to unlock."""
 
 
 def _merge_predictions(profile: str, kept: list[Record]) -> None:

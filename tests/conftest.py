@@ -18,7 +18,7 @@ import pandas as pd  # noqa: E402
 import torch  # noqa: E402
 
 if TYPE_CHECKING:
-    from conki_lib.config import ModelConfig
+    from conki_lib.config import ModelConfig, RunConfig
     from conki_lib.data import Batch
 
 torch.set_num_threads(1)
@@ -178,3 +178,24 @@ def _toy_batch(n: int = 4, *, seed: int = 0, pad: int = 0, corpus: str = "toy") 
     ids = tuple(f"u{i}" for i in range(n))
     y = torch.randn(n, generator=rng)
     return Batch(inputs, lengths, y, ids, torch.arange(n), corpus)
+
+
+SMALL = dict(
+    profile="tiny", target="toy", external="far", d=16, encoder_heads=2, encoder_ff=16,
+    adapter_width=8, adapter_heads=2, adapter_ff=8, epochs=3, stage1_epochs=2, batch_size=4,
+    stage1_batch_size=4, precision="fp32", device="cpu", adapter_text_layers=(0, 1), max_steps=64,
+)  # fmt: skip
+
+
+@pytest.fixture
+def world(tmp_path, monkeypatch, make_tiny_store, make_tiny_bert) -> "RunConfig":
+    """Two corpora of different widths, a backbone, and an empty place for runs."""
+    from conki_lib import records
+    from conki_lib.config import RunConfig
+
+    monkeypatch.setenv("CONKI_DATA", str(tmp_path))
+    monkeypatch.setenv("CONKI_RUNS", str(tmp_path / "runs"))
+    monkeypatch.setattr(records, "ROOT", tmp_path)
+    make_tiny_store("toy", sizes=(10, 4, 4), seed=1)
+    make_tiny_store("far", sizes=(12, 4, 4), widths={"v": 7, "a": 2}, seed=2)
+    return RunConfig(**SMALL, text_backbone=str(make_tiny_bert()))

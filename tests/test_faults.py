@@ -10,15 +10,8 @@ import numpy as np
 import pytest
 
 from conki_lib import fitting, pipeline, records, states, training
-from conki_lib.config import RunConfig
 from conki_lib.data import corpora, open_store
 from conki_lib.disk import DiskError, disk_problem, explained
-
-TINY = dict(
-    profile="tiny", target="toy", external="far", d=16, encoder_heads=2, encoder_ff=16,
-    adapter_width=8, adapter_heads=2, adapter_ff=8, epochs=3, stage1_epochs=2, batch_size=8,
-    stage1_batch_size=8, precision="fp32", device="cpu", adapter_text_layers=(0, 1), max_steps=64,
-)  # fmt: skip
 
 
 @pytest.fixture
@@ -60,17 +53,6 @@ def fill(folder: Path) -> Path:
 def read_only(folder: Path) -> None:
     """Make a small disk read-only."""
     subprocess.run(["mount", "-o", "remount,ro", str(folder)], check=True)
-
-
-@pytest.fixture
-def world(tmp_path, monkeypatch, make_tiny_store, make_tiny_bert) -> RunConfig:
-    """Two corpora, a backbone, and runs beside them."""
-    monkeypatch.setenv("CONKI_DATA", str(tmp_path))
-    monkeypatch.setenv("CONKI_RUNS", str(tmp_path / "runs"))
-    monkeypatch.setattr(records, "ROOT", tmp_path)
-    make_tiny_store("toy", sizes=(10, 4, 4), seed=1)
-    make_tiny_store("far", sizes=(12, 4, 4), widths={"v": 7, "a": 2}, seed=2)
-    return RunConfig(**TINY, text_backbone=str(make_tiny_bert()))
 
 
 # ---- a full disk --------------------------------------------------------------------------------
