@@ -7,7 +7,8 @@
 
 Every job executes a notebook. What is finished is decided by the records (and, for tables and
 figures, by what they are made from), never by file times: when this file is read, the markers in
-runs/<profile>/.jobs/ are put in agreement with that. Delete them whenever you like.
+runs/<profile>/.jobs/ are put in agreement with that. Delete them whenever you like. After a kill
+only what had not ended is done again.
 """
 
 import os
@@ -20,7 +21,7 @@ from snakemake.exceptions import WorkflowError
 
 from conki_lib import ablation, pipeline
 from conki_lib.config import ROOT, RunConfig
-from conki_lib.records import runs_dir, slug
+from conki_lib.records import runs_dir, slug, write_text
 
 os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # of `conki`
 PROFILE = str(config.get("profile", "synthetic"))
@@ -94,8 +95,7 @@ def agree():
     """Make the markers say what is true: finished runs have one, others and stale pictures none."""
     from conki_lib.data.corpora import corpus_path  # loads PyTorch, which no job on a cluster needs
 
-    rendered = JOBS / "state"
-    fresh = rendered.is_file() and rendered.read_text() == pipeline.state(PROFILE)
+    JOBS.mkdir(parents=True, exist_ok=True)
     truth = {marker("data", name): (corpus_path(name) / "info.json").is_file() for name in CORPORA}
     truth |= {marker("stage1", f"s{seed}"): is_done(
         ablation.configure(PROFILE, "full", seed), 1) for seed in STAGE_1_SEEDS}  # fmt: skip
@@ -103,17 +103,23 @@ def agree():
         marker(name, f"s{seed}", fold): is_done(chosen, 2)
         for (name, seed, fold), chosen in CONFIGS.items()
     }
+    sources = f"{CONKI} {pipeline.sources()}"
+    drawn = says("sources", sources)  # else by other code, or in a rehearsal
     for path, finished in truth.items():
-        # the first seed's notebooks draw figures too: they are as fresh as the other notebooks
+        # the first seed's notebooks draw figures too: a finished run is not enough
         draws = Path(path).name.startswith(("stage1-", "full-")) and f"-s{SEEDS[0]}" in path
         if finished and not draws:
-            Path(path).parent.mkdir(parents=True, exist_ok=True)
             Path(path).touch()
-        elif not finished or not fresh:
+        elif not (finished and drawn):
             Path(path).unlink(missing_ok=True)
-    if not fresh:
+    if not says("merge", pipeline.state(PROFILE)):
         for path in [JOBS / "merge", *(JOBS / stem for stem in REPORTS)]:
             path.unlink(missing_ok=True)
+    write_text(JOBS / "sources", sources)
+
+
+def says(name, words):
+    return (JOBS / name).is_file() and (JOBS / name).read_text().strip() == words
 
 
 if workflow.is_main_process:
@@ -194,9 +200,9 @@ rule merge:
     input:
         TRAINED,
     output:
-        touch(marker("merge")),
+        marker("merge"),  # says what the reports are made from
     shell:
-        "{CONKI} merge {PROFILE}"
+        "{CONKI} merge {PROFILE} --state > {output}"
 
 
 rule report:
@@ -216,10 +222,7 @@ rule report:
 
 onsuccess:
     if workflow.is_main_process and CONKI == "conki":
-        JOBS.mkdir(parents=True, exist_ok=True)
-        (JOBS / "state").write_text(pipeline.state(PROFILE))
         # notebooks draw side by side, so the list of figures is written when all have ended
         from conki_lib.plots.tables import figure_index
-        from conki_lib.records import write_text
 
         write_text(ROOT / "figures" / "README.md", figure_index())

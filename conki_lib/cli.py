@@ -104,11 +104,15 @@ def train(
 
 
 @app.command()
-def merge(profile: Annotated[str, typer.Argument(help="configs/<profile>.yml")]) -> None:
+def merge(
+    profile: Annotated[str, typer.Argument(help="configs/<profile>.yml")],
+    state: Annotated[bool, typer.Option("--state", help="print a hash of what is there")] = False,
+) -> None:
     """Collect finished runs into results/<profile>/."""
-    from conki_lib.records import merge
+    from conki_lib import pipeline, records
 
-    typer.echo(merge(profile))
+    path = records.merge(profile)
+    typer.echo(pipeline.state(profile) if state else path)
 
 
 @app.command(context_settings={"ignore_unknown_options": True})

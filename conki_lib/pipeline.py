@@ -91,14 +91,20 @@ def is_committed(config: RunConfig, stage: int) -> bool:
     return any(r.config_key == wanted and r.is_current for r in committed)
 
 
-def state(profile: str) -> str:
-    """Hash of what a profile's tables and figures are made from: code, notebooks, records."""
+def sources() -> str:
+    """Hash of the code that draws: the library and the cells of the notebooks."""
     digest = hashlib.sha256()
     for path in sorted((ROOT / "conki_lib").rglob("*.py")):
         digest.update(path.read_bytes())
     for path in sorted((ROOT / "notebooks").glob("*.ipynb")):
         cells = json.loads(path.read_text())["cells"]
         digest.update(json.dumps([cell["source"] for cell in cells]).encode())
+    return digest.hexdigest()
+
+
+def state(profile: str) -> str:
+    """Hash of what a profile's tables and figures are made from: `sources` and the records."""
+    digest = hashlib.sha256(sources().encode())
     digest.update(" ".join(record.key for record in local_records(profile)).encode())
     merged = results_dir(profile) / "records.jsonl"
     digest.update(merged.read_bytes() if merged.is_file() else b"")
