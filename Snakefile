@@ -38,13 +38,16 @@ ROWS = pipeline.parse_rows(
 )
 # the default profile and fresh=1 train; others show committed records where today's code made them
 TRAINS = PROFILE == "synthetic" or bool(config.get("fresh"))
-BESIDE = ("wo-C4", "text-only")  # what notebook 04 shows beside `full`
 VARIANTS = {slug(row): row for row in ROWS}
 
 NOTEBOOKS = sorted(path.stem for path in (ROOT / "notebooks").glob("[0-9][0-9]_*.ipynb"))
 STAGE_1 = next((stem for stem in NOTEBOOKS if stem.startswith("03_")), "03_adapter_pretraining")
 STAGE_2 = next((stem for stem in NOTEBOOKS if stem.startswith("04_")), "04_finetuning")
-REPORTS = [stem for stem in NOTEBOOKS if stem not in (STAGE_1, STAGE_2)]
+OF_DATA = [stem for stem in NOTEBOOKS if stem < STAGE_1]  # they read no run: 01, 02
+OF_RUNS = [stem for stem in NOTEBOOKS if stem > STAGE_2]
+LONGEST = [stem for stem in OF_RUNS if stem.startswith("06_")]  # begins first
+# jobs of one thread each finish sooner than one after the other with all threads
+THREADS = max(1, (workflow.cores or 16) // 2)
 
 RUNS = Path(os.path.relpath(runs_dir(PROFILE).parent))
 JOBS = RUNS / PROFILE / ".jobs"
@@ -60,6 +63,10 @@ STAGE_1_SEEDS = SEEDS if BASE.data.external else []
 
 def marker(*parts):
     return str(JOBS / "-".join(map(str, parts)))
+
+
+def any_of(words):
+    return "|".join(map(re.escape, words)) or "none"
 
 
 def is_committed(chosen, stage):
@@ -83,11 +90,14 @@ def shares_stage_1(name, seed, fold):
 
 
 def needs(wildcards):
-    """Stage 1, where it is shared; `full` shows itself beside other rows, so these come first."""
+    """Stage 1, where it is shared, and text-only, which `full` shows beside itself.
+
+    It shows w/o C4 too, but trains it, or waits for the job that does.
+    """
     name, seed, fold = wildcards.name, int(wildcards.seed), wildcards.fold
     found = [marker("stage1", f"s{seed}")] if shares_stage_1(name, seed, fold) else []
-    if name == "full":
-        found += [marker(other, f"s{seed}", fold) for other in BESIDE if other in VARIANTS]
+    if name == "full" and "text-only" in VARIANTS:
+        found += [marker("text-only", f"s{seed}", fold)]
     return found
 
 
@@ -112,9 +122,10 @@ def agree():
             Path(path).touch()
         elif not (finished and drawn):
             Path(path).unlink(missing_ok=True)
-    if not says("merge", pipeline.state(PROFILE)):
-        for path in [JOBS / "merge", *(JOBS / stem for stem in REPORTS)]:
-            path.unlink(missing_ok=True)
+    stale = [] if drawn else list(OF_DATA)
+    stale += [] if says("merge", pipeline.state(PROFILE)) else ["merge", *OF_RUNS]
+    for name in stale:
+        (JOBS / name).unlink(missing_ok=True)
     write_text(JOBS / "sources", sources)
 
 
@@ -139,7 +150,7 @@ localrules: all, train, merge
 rule all:
     input:
         TRAINED,
-        [marker(stem) for stem in REPORTS],
+        [marker(stem) for stem in OF_DATA + OF_RUNS],
 
 
 rule train:
@@ -151,7 +162,7 @@ rule fetch:
     output:
         touch(marker("data", "{corpus}")),
     wildcard_constraints:
-        corpus="|".join(map(re.escape, CORPORA)),
+        corpus=any_of(CORPORA),
     resources:
         mem_mb=4000, runtime=60,
     shell:
@@ -168,7 +179,8 @@ rule stage_1:
     params:
         train=lambda w: training(ablation.configure(PROFILE, "full", int(w.seed)), 1),
         out=str(EXECUTED / f"{STAGE_1}-s{{seed}}.ipynb"),
-    threads: 4
+    threads: THREADS
+    priority: 2
     resources:
         mem_mb=8000, runtime=240,
     shell:
@@ -183,12 +195,13 @@ rule variant:
     output:
         touch(marker("{name}", "s{seed}", "{fold}")),
     wildcard_constraints:
-        name="|".join(map(re.escape, VARIANTS)), seed=r"\d+", fold=r"[\w.-]+",
+        name=any_of(VARIANTS), seed=r"\d+", fold=r"[\w.-]+",
     params:
         train=lambda w: training(CONFIGS[w.name, int(w.seed), w.fold], 2),
         variant=lambda w: shlex.quote(f"variant={VARIANTS[w.name]}"),
         out=str(EXECUTED / f"{STAGE_2}-{{name}}-s{{seed}}-{{fold}}.ipynb"),
-    threads: 4
+    threads: THREADS
+    priority: 1
     resources:
         mem_mb=8000, runtime=480,
     shell:
@@ -207,17 +220,23 @@ rule merge:
 
 rule report:
     input:
-        marker("merge"),
+        lambda w: ancient(STORES) if w.stem in OF_DATA else marker("merge"),
     output:
         touch(marker("{stem}")),
     wildcard_constraints:
-        stem="|".join(map(re.escape, REPORTS)) or "none",
+        stem=any_of(stem for stem in OF_DATA + OF_RUNS if stem not in LONGEST),
     params:
         out=str(EXECUTED / "{stem}.ipynb"),
     resources:
         mem_mb=4000, runtime=60,
     shell:
         "{CONKI} run {wildcards.stem} --profile {PROFILE} -o {params.out}"
+
+
+use rule report as longest_report with:
+    wildcard_constraints:
+        stem=any_of(LONGEST),
+    priority: 1
 
 
 onsuccess:
