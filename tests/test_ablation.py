@@ -49,6 +49,7 @@ def test_unknown_and_impossible_rows_say_why():
 def test_sweeps_are_sorted_by_value_after_the_rows():
     order = ablation.row_order(["tau=0.2", "lam=0.1", "w/o C4", "lam=0.02", "full", "full"])
     assert order == ["full", "w/o C4", "lam=0.02", "lam=0.1", "tau=0.2"]
+    assert ablation.configure("synthetic", "batch_size=8").stage2.batch_size == 8
 
 
 # ---- which records count ------------------------------------------------------------------------
