@@ -6,9 +6,9 @@
     snakemake --cores 2 --config conki=true      # every job, but none does anything: a rehearsal
 
 Every job executes a notebook. What is finished is decided by the records (and, for tables and
-figures, by what they are made from), never by file times: when this file is read, the markers in
-runs/<profile>/.jobs/ are put in agreement with that. Delete them whenever you like. After a kill
-only what had not ended is done again.
+figures, by what they are made from): when this file is read, the markers in runs/<profile>/.jobs/
+are put in agreement with that. Delete them whenever you like. After a kill only what had not ended
+is done again. A rehearsal has markers of its own.
 """
 
 import os
@@ -21,7 +21,7 @@ from snakemake.exceptions import WorkflowError
 
 from conki_lib import ablation, pipeline
 from conki_lib.config import ROOT, RunConfig
-from conki_lib.records import runs_dir, slug, write_text
+from conki_lib.records import runs_dir, slug
 
 os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # of `conki`
 PROFILE = str(config.get("profile", "synthetic"))
@@ -46,11 +46,10 @@ STAGE_2 = next((stem for stem in NOTEBOOKS if stem.startswith("04_")), "04_finet
 OF_DATA = [stem for stem in NOTEBOOKS if stem < STAGE_1]  # they read no run: 01, 02
 OF_RUNS = [stem for stem in NOTEBOOKS if stem > STAGE_2]
 LONGEST = [stem for stem in OF_RUNS if stem.startswith("06_")]  # begins first
-# jobs of one thread each finish sooner than one after the other with all threads
-THREADS = max(1, (workflow.cores or 16) // 2)
+THREADS = int(config.get("threads", 4))  # of a job that trains
 
 RUNS = Path(os.path.relpath(runs_dir(PROFILE).parent))
-JOBS = RUNS / PROFILE / ".jobs"
+JOBS = RUNS / PROFILE / (".jobs" if CONKI == "conki" else ".rehearsal")
 EXECUTED = RUNS / "notebooks" / PROFILE
 CORPORA = [name for name in (BASE.data.target, BASE.data.external) if name]
 CONFIGS = {
@@ -90,22 +89,26 @@ def shares_stage_1(name, seed, fold):
 
 
 def needs(wildcards):
-    """Stage 1, where it is shared, and text-only, which `full` shows beside itself.
+    """Stage 1, where it is shared, and the rows that `full` shows beside itself.
 
-    It shows w/o C4 too, but trains it, or waits for the job that does.
+    On one machine, a `full` that trains does not wait for w/o C4: its notebook trains that row
+    too, or waits for the job that does.
     """
     name, seed, fold = wildcards.name, int(wildcards.seed), wildcards.fold
-    found = [marker("stage1", f"s{seed}")] if shares_stage_1(name, seed, fold) else []
-    if name == "full" and "text-only" in VARIANTS:
-        found += [marker("text-only", f"s{seed}", fold)]
+    found = []
+    if shares_stage_1(name, seed, fold):
+        found += [ancient(marker("stage1", f"s{seed}"))]
+    if name == "full":
+        side_by_side = workflow.local_exec and not training(CONFIGS[name, seed, fold], 2)
+        beside = ("text-only",) if side_by_side else ("text-only", "wo-C4")
+        found += [marker(other, f"s{seed}", fold) for other in beside if other in VARIANTS]
     return found
 
 
 def agree():
-    """Make the markers say what is true: finished runs have one, others and stale pictures none."""
+    """Make the markers say what is true; see `pipeline.agree`."""
     from conki_lib.data.corpora import corpus_path  # loads PyTorch, which no job on a cluster needs
 
-    JOBS.mkdir(parents=True, exist_ok=True)
     truth = {marker("data", name): (corpus_path(name) / "info.json").is_file() for name in CORPORA}
     truth |= {marker("stage1", f"s{seed}"): is_done(
         ablation.configure(PROFILE, "full", seed), 1) for seed in STAGE_1_SEEDS}  # fmt: skip
@@ -113,24 +116,10 @@ def agree():
         marker(name, f"s{seed}", fold): is_done(chosen, 2)
         for (name, seed, fold), chosen in CONFIGS.items()
     }
-    sources = f"{CONKI} {pipeline.sources()}"
-    drawn = says("sources", sources)  # else by other code, or in a rehearsal
-    for path, finished in truth.items():
-        # the first seed's notebooks draw figures too: a finished run is not enough
-        draws = Path(path).name.startswith(("stage1-", "full-")) and f"-s{SEEDS[0]}" in path
-        if finished and not draws:
-            Path(path).touch()
-        elif not (finished and drawn):
-            Path(path).unlink(missing_ok=True)
-    stale = [] if drawn else list(OF_DATA)
-    stale += [] if says("merge", pipeline.state(PROFILE)) else ["merge", *OF_RUNS]
-    for name in stale:
-        (JOBS / name).unlink(missing_ok=True)
-    write_text(JOBS / "sources", sources)
-
-
-def says(name, words):
-    return (JOBS / name).is_file() and (JOBS / name).read_text().strip() == words
+    usual = f"s{BASE.runtime.seed}"  # notebooks 03 and 04 draw for this seed and fold alone
+    drawing = {marker("stage1", usual), marker("full", usual, BASE.data.fold)}
+    of_data, of_runs = map(marker, OF_DATA), map(marker, OF_RUNS)
+    pipeline.agree(PROFILE, JOBS, truth, drawing=drawing, of_data=of_data, of_runs=of_runs)
 
 
 if workflow.is_main_process:
@@ -144,13 +133,13 @@ TRAINED = [marker("stage1", f"s{seed}") for seed in STAGE_1_SEEDS]
 TRAINED += [marker(name, f"s{seed}", fold) for name, seed, fold in CONFIGS]
 
 
-localrules: all, train, merge
+localrules: all, train, merge, index
 
 
 rule all:
     input:
         TRAINED,
-        [marker(stem) for stem in OF_DATA + OF_RUNS],
+        marker("index"),
 
 
 rule train:
@@ -239,9 +228,11 @@ use rule report as longest_report with:
     priority: 1
 
 
-onsuccess:
-    if workflow.is_main_process and CONKI == "conki":
-        # notebooks draw side by side, so the list of figures is written when all have ended
-        from conki_lib.plots.tables import figure_index
-
-        write_text(ROOT / "figures" / "README.md", figure_index())
+rule index:  # notebooks draw side by side: the list of figures is written when all have ended
+    input:
+        TRAINED,
+        [marker(stem) for stem in OF_DATA + OF_RUNS],
+    output:
+        touch(marker("index")),
+    shell:
+        "{CONKI} index"

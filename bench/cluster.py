@@ -180,7 +180,7 @@ GENERIC = [
 
 def overhead(folder: Path, place: Path, jobs: int) -> dict:
     """Schedule jobs that do nothing: through the cluster, and on one machine."""
-    targets = [f"runs/{PROFILE}/.jobs/wo-C1-s{seed}-standard" for seed in range(jobs)]
+    targets = [f"runs/{PROFILE}/.rehearsal/wo-C1-s{seed}-standard" for seed in range(jobs)]
     config = ["--config", f"profile={PROFILE}", "conki=true", "rows='w/o C1'", f"seeds='{jobs}'"]
     with Cluster(place / "many", folder) as cluster:
         local = snakemake(
@@ -205,7 +205,7 @@ def overhead(folder: Path, place: Path, jobs: int) -> dict:
 
 
 def _remove_markers(folder: Path) -> None:
-    for path in (folder / "runs" / PROFILE / ".jobs").glob("*"):
+    for path in (folder / "runs" / PROFILE / ".rehearsal").glob("*"):
         path.unlink()
 
 

@@ -26,16 +26,15 @@ class Variant:
 
 
 _CONTROLS = {
-    # its own rates, epochs and batches: the best of ten trials on mosi-open's validation split
     "text-only": (
-        "text backbone and a regression head",
-        {"kind": "text-only", "modalities": "t", "lr_text": 1e-4, "lr_heads": 1e-3, "epochs": 8,
-         "batch_size": 16},
+        "text backbone and a regression head", {"kind": "text-only", "modalities": "t"}
     ),
     "late fusion": ("one predictor per modality, averaged", {"kind": "late-fusion"}),
     "TFN": ("tensor fusion of all modalities", {"kind": "tfn"}),
     "LMF": ("low-rank multimodal fusion", {"kind": "lmf"}),
-}
+}  # fmt: skip
+# (profile, row) -> values of its own: the best trials on the profile's validation split
+_TUNED = {("mosi-open", "text-only"): {"lr_heads": 1e-3, "epochs": 8}}
 
 
 def _variants() -> dict[str, Variant]:
@@ -125,7 +124,8 @@ def configure(
     base = RunConfig.from_profile(profile)
     if reason := why_not(base, variant_name):
         raise ValueError(f"variant {variant_name!r} is not for profile {profile!r}: {reason}")
-    changes = dict(variant(variant_name).changes)
+    tuned = _TUNED.get((profile, variant_name.removesuffix(" + external")), {})
+    changes = tuned | variant(variant_name).changes
     if variant_name == "form=paper":
         changes["lam"] = base.contrast.lam / base.stage2.batch_size
     overrides = {k: v for k, v in {**overrides, "seed": seed}.items() if v is not None}

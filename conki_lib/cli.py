@@ -115,6 +115,16 @@ def merge(
     typer.echo(pipeline.state(profile) if state else path)
 
 
+@app.command()
+def index() -> None:
+    """List all figures in figures/README.md."""
+    from conki_lib.config import ROOT
+    from conki_lib.plots.tables import figure_index
+    from conki_lib.records import write_text
+
+    typer.echo(write_text(ROOT / "figures" / "README.md", figure_index()))
+
+
 @app.command(context_settings={"ignore_unknown_options": True})
 def pipeline(
     extra: Annotated[list[str] | None, typer.Argument(help="passed on to Snakemake")] = None,

@@ -10,7 +10,7 @@ import json
 import os
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import NoReturn
@@ -28,6 +28,7 @@ from conki_lib.records import (
     results_dir,
     run_folder,
     runs_dir,
+    write_text,
 )
 
 _HOLDER = "CONKI_LOCK_HOLDER"  # the process that has locked the runs; `exec` keeps its number
@@ -91,24 +92,65 @@ def is_committed(config: RunConfig, stage: int) -> bool:
     return any(r.config_key == wanted and r.is_current for r in committed)
 
 
-def sources() -> str:
-    """Hash of the code that draws: the library and the cells of the notebooks."""
+def sources(profile: str) -> str:
+    """Hash of what draws a profile's pictures, records aside: code, notebooks, settings, data."""
+    from conki_lib.data.corpora import corpus_path
+
     digest = hashlib.sha256()
-    for path in sorted((ROOT / "conki_lib").rglob("*.py")):
-        digest.update(path.read_bytes())
+    base = RunConfig.from_profile(profile)
+    stores = [corpus_path(name) for name in (base.data.target, base.data.external) if name]
+    files = [*sorted((ROOT / "conki_lib").rglob("*.py")), ROOT / "docs" / "audit.yml"]
+    files += sorted((ROOT / "results" / "reported").glob("*.csv"))
+    for path in [*files, *(store / "info.json" for store in stores)]:
+        digest.update(path.read_bytes() if path.is_file() else b"")
     for path in sorted((ROOT / "notebooks").glob("*.ipynb")):
         cells = json.loads(path.read_text())["cells"]
         digest.update(json.dumps([cell["source"] for cell in cells]).encode())
+    digest.update(json.dumps(base.flat(), sort_keys=True).encode())
     return digest.hexdigest()
 
 
 def state(profile: str) -> str:
     """Hash of what a profile's tables and figures are made from: `sources` and the records."""
-    digest = hashlib.sha256(sources().encode())
+    digest = hashlib.sha256(sources(profile).encode())
     digest.update(" ".join(record.key for record in local_records(profile)).encode())
     merged = results_dir(profile) / "records.jsonl"
     digest.update(merged.read_bytes() if merged.is_file() else b"")
     return digest.hexdigest()
+
+
+def agree(
+    profile: str, jobs: Path, finished: Mapping[str, bool], *, drawing: Collection[str],
+    of_data: Iterable[str], of_runs: Iterable[str],
+) -> None:  # fmt: skip
+    """Make a pipeline's markers say what is true.
+
+    Args:
+        profile: name of a profile.
+        jobs: folder of the markers; ``merge`` and ``sources`` in it hold what was current when
+            the records were merged, and when a pipeline began.
+        finished: marker of each corpus and run -> is it there, for today's code?
+        drawing: those of them whose notebooks draw figures, too: a finished run is not enough.
+        of_data: markers of the notebooks that read no run.
+        of_runs: markers of the notebooks that read all records.
+    """
+    jobs.mkdir(parents=True, exist_ok=True)
+    now = sources(profile)
+    drawn = _says(jobs / "sources", now)
+    for path, is_there in finished.items():
+        if not is_there or (path in drawing and not drawn):
+            Path(path).unlink(missing_ok=True)
+        elif path not in drawing and not Path(path).exists():
+            Path(path).touch()  # the time of an earlier one says what was made after it
+    stale = [] if drawn else list(of_data)
+    stale += [] if _says(jobs / "merge", state(profile)) else [str(jobs / "merge"), *of_runs]
+    for path in stale:
+        Path(path).unlink(missing_ok=True)
+    write_text(jobs / "sources", now)
+
+
+def _says(path: Path, words: str) -> bool:
+    return path.is_file() and path.read_text().strip() == words
 
 
 def set_aside(profile: str) -> Path | None:
@@ -185,6 +227,8 @@ def command(
 ) -> list[str]:  # fmt: skip
     """The Snakemake call of one pipeline; empty rows and seeds are left to the Snakefile."""
     given = {"profile": profile, "rows": rows, "seeds": seeds, "fresh": "1" if fresh else ""}
+    # jobs of half the threads, side by side, end sooner than one after the other with all
+    given |= {"threads": str(max(1, cores // 2))}
     settings = [f"{name}={value!r}" for name, value in given.items() if value]
     start = [sys.executable, "-m", "snakemake", "--directory", str(ROOT)]
     start += ["--snakefile", str(ROOT / "Snakefile"), "--nolock", "--cores", str(cores)]
@@ -203,8 +247,11 @@ def start(profile: str, *, fresh: bool = False, extra: Sequence[str] = (), **opt
     Raises:
         FileNotFoundError: no such profile.
         RuntimeError: another pipeline works in this folder.
+        ValueError: `extra` holds ``--config``, which would replace all other settings.
     """
     RunConfig.from_profile(profile)
+    if "--config" in extra:
+        raise ValueError("--config is taken: call `snakemake --cores 2 --config ...` itself")
     if not only_plans(extra):
         lock(runs_dir(profile).parent)
         if fresh:

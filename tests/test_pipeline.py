@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from conki_lib import config as settings
 from conki_lib import pipeline, records
 from conki_lib.config import RunConfig
 
@@ -84,29 +85,70 @@ def test_committed_is_what_a_record_by_todays_code_answers(tmp_path, monkeypatch
     assert not pipeline.is_committed(config, 1)
 
 
-def test_state_follows_notebooks_library_and_records(tmp_path, monkeypatch):
+@pytest.fixture
+def toy_project(tmp_path, monkeypatch):
+    """A project of one profile and one notebook."""
     monkeypatch.setenv("CONKI_RUNS", str(tmp_path / "runs"))
-    for module in (pipeline, records):
+    monkeypatch.setenv("CONKI_DATA", str(tmp_path / "data"))
+    for module in (pipeline, records, settings):
         monkeypatch.setattr(module, "ROOT", tmp_path)
-    book = tmp_path / "notebooks/01_toy.ipynb"
-    book.parent.mkdir()
-    seen = [pipeline.state("p")]
+    for folder in ("notebooks", "conki_lib", "configs", "docs", "results/p", "data/toy"):
+        (tmp_path / folder).mkdir(parents=True)
+    (tmp_path / "configs/p.yml").write_text("target: toy\nexternal: null\nmodalities: va\n")
+    (tmp_path / "notebooks/01_toy.ipynb").write_text('{"cells": [{"source": "x", "outputs": []}]}')
+    return tmp_path
 
-    def changed() -> bool:
-        seen.append(pipeline.state("p"))
-        return seen[-1] != seen[-2]
 
-    book.write_text('{"cells": [{"source": "x", "outputs": []}]}')
-    assert changed()
-    book.write_text('{"cells": [{"source": "x", "outputs": ["seen"]}]}')
-    assert not changed()  # outputs are not an origin of anything
-    (tmp_path / "results/p").mkdir(parents=True)
-    (tmp_path / "results/p/records.jsonl").write_text("{}\n")
-    assert changed()
-    (tmp_path / "conki_lib").mkdir()
-    (tmp_path / "conki_lib/plots.py").write_text("")
-    (tmp_path / "conki_lib/plots.py").write_text("x = 1")
-    assert changed()
+@pytest.mark.parametrize(
+    ("path", "text", "matters"),
+    [
+        ("notebooks/01_toy.ipynb", '{"cells": [{"source": "z", "outputs": []}]}', True),
+        ("notebooks/01_toy.ipynb", '{"cells": [{"source": "x", "outputs": ["seen"]}]}', False),
+        ("conki_lib/plots.py", "x = 1", True),
+        ("configs/p.yml", "target: toy\nexternal: null\nmodalities: va\nlam: 0.5\n", True),
+        ("configs/p.yml", "target: toy\nmodalities: va\nexternal: null  # as before\n", False),
+        ("data/toy/info.json", "{}", True),
+        ("docs/audit.yml", "- point: x", True),
+        ("results/p/records.jsonl", "{}\n", True),
+    ],
+)
+def test_state_follows_what_figures_are_made_from(toy_project, path, text, matters):
+    before = pipeline.state("p")
+    assert pipeline.state("p") == before
+    (toy_project / path).write_text(text)
+    assert (pipeline.state("p") != before) == matters
+
+
+def test_markers_agree_with_what_is_true(toy_project):
+    jobs = toy_project / "runs/p/.jobs"
+    names = ("trained", "missing", "drawn", "data", "merge", "early", "report")
+    paths = {name: str(jobs / name) for name in names}
+
+    def agree() -> set[str]:
+        finished = {paths["trained"]: True, paths["missing"]: False, paths["drawn"]: True}
+        pipeline.agree(
+            "p", jobs, finished, drawing={paths["drawn"]}, of_data=[paths["early"]],
+            of_runs=[paths["report"]],
+        )  # fmt: skip
+        return {path.name for path in jobs.iterdir()} - {"sources"}
+
+    assert agree() == {"trained"}  # what is finished elsewhere needs no job; pictures do
+    for name in ("drawn", "early", "missing"):
+        (jobs / name).touch()
+    records.write_text(jobs / "merge", pipeline.state("p") + "\n")
+    whole = {"trained", "drawn", "early", "merge"}
+    assert agree() == whole == agree()  # as after a kill between merge and a report
+    (jobs / "report").touch()
+    assert agree() == whole | {"report"}
+    (toy_project / "results/p/records.jsonl").write_text("{}\n")
+    assert agree() == {"trained", "drawn", "early"}  # other records: reports are stale
+    (toy_project / "conki_lib/plots.py").write_text("x = 1")
+    assert agree() == {"trained"}  # other code: all pictures are
+
+
+def test_other_settings_go_to_snakemake_itself():
+    with pytest.raises(ValueError, match="--config is taken"):
+        pipeline.start("synthetic", extra=["--config", "conki=true"])
 
 
 def test_fresh_moves_runs_aside_and_deletes_nothing(tmp_path, monkeypatch):
@@ -189,7 +231,7 @@ def plan(tmp_path_factory) -> str:
         "CONKI_DATA": str(place / "data"),
     }
     command = pipeline.command(
-        "mosi-open", rows="full,w/o C4,w/o C1", seeds="2", extra=["--dry-run", "--nocolor"]
+        "mosi-open", rows="full,w/o C4,w/o C1,text-only", seeds="2", extra=["--dry-run", "--nocolor"]
     )
     done = subprocess.run(
         command, capture_output=True, text=True, env=environment, check=False, cwd=place
@@ -202,13 +244,14 @@ def plan(tmp_path_factory) -> str:
 def test_the_plan_has_one_job_per_run(plan):
     count = dict(re.findall(r"^(\w+) +(\d+)$", plan, re.M))
     assert count["fetch"] == "2" and count["stage_1"] == "2"
-    assert count["variant"] == "6" and count["merge"] == "1"
+    assert count["variant"] == "8" and count["merge"] == "1"
 
 
 def test_the_plan_orders_what_depends_on_each_other(plan):
     jobs = re.findall(r"rule variant:\n    input: (.*)\n    output: .*/(\S+)\n", plan)
     inputs = {name: [Path(x).name for x in needs.split(", ")] for needs, name in jobs}
-    assert {"stage1-s1", "wo-C4-s1-standard"} <= set(inputs["full-s1-standard"])
+    assert {"stage1-s1", "text-only-s1-standard"} <= set(inputs["full-s1-standard"])
+    assert "wo-C4-s1-standard" not in inputs["full-s1-standard"]  # trained side by side
     assert "stage1-s0" in inputs["wo-C4-s0-standard"]
     assert not any(x.startswith("stage1") for x in inputs["wo-C1-s0-standard"])
 
@@ -233,7 +276,7 @@ def test_on_a_cluster_rules_that_train_ask_for_a_gpu(name):
         "stage_1",
         "variant",
     }
-    assert profile["retries"] >= 1 and profile["rerun-triggers"] == ["input"]
+    assert profile["retries"] >= 1 and profile["rerun-triggers"] == ["mtime"]
 
 
 def test_a_rehearsal_does_nothing(tmp_path):
@@ -245,11 +288,10 @@ def test_a_rehearsal_does_nothing(tmp_path):
         [*command, "conki=true"], capture_output=True, text=True, env=environment, check=False
     )
     assert done.returncode == 0, done.stderr
-    jobs = tmp_path / "runs/synthetic/.jobs"
+    jobs = tmp_path / "runs/synthetic/.rehearsal"
     assert {"data-synthetic", "wo-C1-s0-standard", "merge"} <= {p.name for p in jobs.iterdir()}
     assert not (tmp_path / "data").exists()
-    subprocess.run([*command, "--dry-run"], capture_output=True, env=environment, check=True)
-    assert [p.name for p in jobs.iterdir()] == ["sources"]  # nothing of it counts as done
+    assert not (jobs.parent / ".jobs").exists()  # nothing of it counts as done
 
 
 def test_the_plan_executes_notebooks(plan):

@@ -75,7 +75,9 @@ def main_table(
             older = int(found.get("older", 0))
             note = f"{older} of {row.n} by older code" if older else ""
         lines.append(line | {"note": note})
-    lines.append({"row": "ConKI (paper)", "note": "the paper's figures: no source to check here"})
+    if published is not None and len(published):  # a corpus of the paper
+        note = "the paper's figures: no source to check here"
+        lines.append({"row": "ConKI (paper)", "note": note})
     for model, row in (published if published is not None else pd.DataFrame()).iterrows():
         note = f"published average of 5 seeds, MMSA, {row['alignment']} features"
         line = {"row": f"{model} (MMSA)", "n": 5, "note": note}
@@ -208,7 +210,8 @@ def difference_figure(
 ) -> Figure:
     """Draw paired differences with their intervals, one panel per metric.
 
-    Blue circles: better than the base row; red squares: worse; hollow grey: the interval holds 0.
+    Blue circles: better than the base row; red squares: worse; hollow grey: the interval holds 0,
+    or there is but one seed, of whose luck it knows nothing.
 
     Args:
         differences: from `conki_lib.statistics.paired_differences`.
@@ -236,7 +239,7 @@ def difference_figure(
     looks = [
         (f"better than {base}", "o", BETTER, BETTER),
         (f"worse than {base}", "s", WORSE, WORSE),
-        ("interval holds 0", "o", OPEN, "white"),
+        ("interval holds 0, or one seed", "o", OPEN, "white"),
     ]
     handles = [Line2D([], [], marker=marker, color=color, mfc=fill, label=label, lw=2)
                for label, marker, color, fill in looks]  # fmt: skip
@@ -246,7 +249,7 @@ def difference_figure(
 
 def _draw_difference(ax: Axes, y: int, row, metric: str) -> None:
     scale = 100 if is_share(metric) else 1
-    sure = row.low > 0 or row.high < 0
+    sure = row.seeds > 1 and (row.low > 0 or row.high < 0)
     better = (row.difference < 0) == (metric in SMALLER_IS_BETTER)
     color = (BETTER if better else WORSE) if sure else OPEN
     marker = "s" if sure and not better else "o"
@@ -257,6 +260,8 @@ def _draw_difference(ax: Axes, y: int, row, metric: str) -> None:
 def change_heatmap(changes: pd.DataFrame, title: str = "", xlabel: str = "") -> Figure:
     """Draw where rows err more (red) or less (blue) than `full`; a star marks two standard errors.
 
+    No star below two seeds or 20 utterances: such a standard error is itself not known.
+
     Args:
         changes: from `conki_lib.reasons.error_changes`.
         title: of the figure.
@@ -264,15 +269,16 @@ def change_heatmap(changes: pd.DataFrame, title: str = "", xlabel: str = "") -> 
     """
     rows, groups = (list(dict.fromkeys(changes[c])) for c in ("variant", "group"))
     value = changes.pivot(index="variant", columns="group", values="change").loc[rows, groups]
-    se = changes.pivot(index="variant", columns="group", values="se").loc[rows, groups]
+    known = (changes["seeds"] > 1) & (changes["n"] >= 20)
+    sure = changes.assign(sure=known & (changes["change"].abs() > 2 * changes["se"]))
+    star = sure.pivot(index="variant", columns="group", values="sure").loc[rows, groups]
     limit = max(float(np.nanmax(np.abs(value.to_numpy()))), 1e-6)
     fig, ax = plt.subplots(figsize=(2.6 + 0.92 * len(groups), max(2.4, 1.5 + 0.34 * len(rows))))
     image = ax.imshow(value, cmap="RdBu_r", norm=TwoSlopeNorm(0, -limit, limit), aspect="auto")
     for i, j in np.ndindex(value.shape):
         x = value.iloc[i, j]
         if np.isfinite(x):
-            star = "*" if abs(x) > 2 * se.iloc[i, j] else ""
-            text = f"{x:+.2f}{star}" if abs(x) >= 0.005 else "0"
+            text = f"{x:+.2f}{'*' if star.iloc[i, j] else ''}" if abs(x) >= 0.005 else "0"
             dark = "white" if abs(x) > 0.6 * limit else INK
             ax.text(j, i, text, ha="center", va="center", fontsize=8, color=dark)
     n = changes.drop_duplicates("group").set_index("group")["n"]
@@ -322,14 +328,15 @@ def conflict_figure(gradients: pd.DataFrame) -> Figure:
 
 
 def sweep_figure(runs: pd.DataFrame, setting: str, metrics: Sequence[str]) -> Figure:
-    """Draw metrics over the values of lambda or tau, a point per run, the means joined.
+    """Draw metrics over the values of a setting, a point per run, the means joined.
 
     Args:
         runs: one line per run with a column of the setting's value.
-        setting: ``"lam"`` or ``"tau"``.
+        setting: ``"lam"``, ``"tau"`` or ``"batch_size"``.
         metrics: one panel each.
     """
-    name = {"lam": r"$\lambda$", "tau": r"$\tau$"}[setting]
+    names = {"lam": r"$\lambda$", "tau": r"$\tau$", "batch_size": "utterances in a batch"}
+    name = names[setting]
     fig, axes = plt.subplots(1, len(metrics), figsize=(3.6 * len(metrics), 3.0), squeeze=False)
     for ax, metric in zip(axes[0], metrics, strict=True):
         scale = 100 if is_share(metric) else 1
