@@ -216,10 +216,10 @@ def test_beside_a_pipeline_a_plan_changes_nothing_and_snakemake_itself_is_refuse
 def test_the_command_leaves_defaults_to_the_snakefile():
     plain = pipeline.command("synthetic", cores=3)
     assert plain[plain.index("--cores") + 1] == "3"
-    assert plain[plain.index("--config") + 1 :] == ["profile='synthetic'"]
+    assert plain[plain.index("--config") + 1 :] == ["profile='synthetic'", "threads='1'"]
     more = pipeline.command("synthetic", rows="full,w/o N1", seeds="5", extra=["--dry-run"])
     assert "--dry-run" in more
-    assert more[more.index("--config") + 1 :][1:] == ["rows='full,w/o N1'", "seeds='5'"]
+    assert more[more.index("--config") + 1 :][1:] == ["rows='full,w/o N1'", "seeds='5'", "threads='1'"]
 
 
 @pytest.fixture(scope="module")
@@ -231,7 +231,7 @@ def plan(tmp_path_factory) -> str:
         "CONKI_DATA": str(place / "data"),
     }
     command = pipeline.command(
-        "mosi-open", rows="full,w/o C4,w/o C1,text-only", seeds="2", extra=["--dry-run", "--nocolor"]
+        "mosi-open", rows="full,w/o C4,w/o C1,text-only", seeds="70-71", extra=["--dry-run", "--nocolor"]
     )
     done = subprocess.run(
         command, capture_output=True, text=True, env=environment, check=False, cwd=place
@@ -250,17 +250,17 @@ def test_the_plan_has_one_job_per_run(plan):
 def test_the_plan_orders_what_depends_on_each_other(plan):
     jobs = re.findall(r"rule variant:\n    input: (.*)\n    output: .*/(\S+)\n", plan)
     inputs = {name: [Path(x).name for x in needs.split(", ")] for needs, name in jobs}
-    assert {"stage1-s1", "text-only-s1-standard"} <= set(inputs["full-s1-standard"])
-    assert "wo-C4-s1-standard" not in inputs["full-s1-standard"]  # trained side by side
-    assert "stage1-s0" in inputs["wo-C4-s0-standard"]
-    assert not any(x.startswith("stage1") for x in inputs["wo-C1-s0-standard"])
+    assert {"stage1-s71", "text-only-s71-standard"} <= set(inputs["full-s71-standard"])
+    assert "wo-C4-s71-standard" not in inputs["full-s71-standard"]  # trained side by side
+    assert "stage1-s70" in inputs["wo-C4-s70-standard"]
+    assert not any(x.startswith("stage1") for x in inputs["wo-C1-s70-standard"])
 
 
 def test_jobs_ask_for_memory_and_time(plan):
     asked = re.findall(r"^rule (\w+):\n(?: .*\n)*?    resources: (.*)$", plan, re.M)
     assert {"fetch", "stage_1", "variant", "report"} <= {rule for rule, _ in asked}
     for rule, resources in asked:
-        if rule in ("all", "train", "merge"):
+        if rule in ("all", "train", "merge", "index"):
             continue  # done where Snakemake runs, not by a job
         found = dict(re.findall(r"(\w+)=(\d+)", resources))
         assert int(found["mem_mb"]) >= 4000 and int(found["runtime"]) >= 60, (rule, resources)
@@ -295,6 +295,6 @@ def test_a_rehearsal_does_nothing(tmp_path):
 
 
 def test_the_plan_executes_notebooks(plan):
-    assert "conki run 03_adapter_pretraining --profile mosi-open -p seed=1" in plan
-    assert "conki run 04_finetuning --profile mosi-open -p 'variant=w/o C4' -p seed=0" in plan
+    assert "conki run 03_adapter_pretraining --profile mosi-open -p seed=71" in plan
+    assert "conki run 04_finetuning --profile mosi-open -p 'variant=w/o C4' -p seed=70" in plan
     assert "conki fetch mosi-open" in plan and "conki merge mosi-open" in plan

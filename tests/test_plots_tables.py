@@ -74,7 +74,7 @@ def test_main_table_of_sims_and_of_a_corpus_nobody_published():
     metrics = statistics.METRICS["sims"]
     table = plots.main_table(empty, none, metrics, statistics.published("sims")).set_index("row")
     assert table.loc["LMF (MMSA)", "Acc-3 (%)"] == "64.7"
-    assert len(plots.main_table(empty, none, metrics, statistics.published("synthetic"))) == 2
+    assert len(plots.main_table(empty, none, metrics, statistics.published("synthetic"))) == 1
 
 
 def test_difference_table(differences):
@@ -111,13 +111,20 @@ def test_colours_of_differences_know_which_way_is_better(differences):
     fig = plots.difference_figure(differences, METRICS)
     look = [[line.get_color() for line in ax.lines if line.get_marker() in "os"] for ax in fig.axes]
     assert look == [[plots.WORSE, plots.BETTER], [plots.OPEN, plots.BETTER]]
+    alone = plots.difference_figure(differences.assign(seeds=1), METRICS)
+    assert {line.get_color() for line in alone.axes[0].lines if line.get_marker() in "os"} == {
+        plots.OPEN
+    }
 
 
 def test_other_figures_draw_what_they_are_given(runs, differences):
-    changes = pd.DataFrame({"variant": ["w/o N1"] * 2, "group": ["-1", "0"], "n": [3, 4],
-                            "change": [0.2, -0.001], "se": [0.01, 0.1]})  # fmt: skip
+    changes = pd.DataFrame({"variant": ["w/o N1"] * 2, "group": ["-1", "0"], "n": [30, 40],
+                            "seeds": 2, "change": [0.2, -0.001], "se": [0.01, 0.1]})  # fmt: skip
     texts = [t.get_text() for t in plots.change_heatmap(changes).axes[0].texts]
     assert texts == ["+0.20*", "0"]
+    for few in ({"n": 19}, {"seeds": 1}):
+        texts = [t.get_text() for t in plots.change_heatmap(changes.assign(**few)).axes[0].texts]
+        assert texts == ["+0.20", "0"]  # such a standard error is itself not known
     gradients = pd.DataFrame({"cosine": [0.1, -0.2], "ratio": [0.1, 2.0], "batch": [0, 1]})
     gradients = gradients.assign(moment="start", group="text backbone")
     assert len(plots.conflict_figure(gradients).axes) == 2

@@ -29,7 +29,6 @@ REP_COLORS = {
 }
 REP_MARKERS = {name: "o" if name.startswith("O") else "s" for name in REPS}
 FAMILY_COLORS = {"O": "#41AB5D", "A": "#9A6BBF"}
-FAMILY_MARKERS = {"O": "o", "A": "s"}
 FAMILY_NAMES = {"O": "pan-knowledge", "A": "knowledge-specific"}
 PAIR_COLORS = {"P1": "#C1272D", "P2": "#F4A582", "N1": "#2166AC", "N2": "#A6CEE3"}
 PAIR_NAMES = {
