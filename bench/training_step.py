@@ -734,7 +734,7 @@ def lines(rows: pd.DataFrame) -> str:
         f"| {name} | {row['label'] if row['base'] else ''} | {row['base']} "
         f"| {row['clock_seconds']:.3g} | {row['cpu_seconds']:.3g} "
         f"| {format(row['clock_factor'], '.2f') if row['base'] else ''} "
-        f"| {row['clock_plain_over']:.1f} | {row['gb']:.1f} |"
+        f"| {row['clock_plain_over']:.1f} | {'' if math.isnan(row['gb']) else format(row['gb'], '.1f')} |"
         for name, row in rows.iterrows()
     )
 
@@ -774,7 +774,7 @@ same loss and gradient (checked at each start, see below).
 
 Each line adds one measure to the line before. Factor: how many times faster than that line; the
 last column but one: than plain. Medians of {rounds} rounds in which all take turns; a step is the
-mean over {batches} batches, evenly spread over the lengths that occur.
+mean over as many batches, evenly spread over the lengths that occur, as stand here: {batches}.
 
 | variant | measure | on top of | seconds | processor seconds | factor | over plain | peak GB |
 |---|---|---|---:|---:|---:|---:|---:|
