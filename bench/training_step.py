@@ -734,7 +734,8 @@ def lines(rows: pd.DataFrame) -> str:
         f"| {name} | {row['label'] if row['base'] else ''} | {row['base']} "
         f"| {row['clock_seconds']:.3g} | {row['cpu_seconds']:.3g} "
         f"| {format(row['clock_factor'], '.2f') if row['base'] else ''} "
-        f"| {row['clock_plain_over']:.1f} | {'' if math.isnan(row['gb']) else format(row['gb'], '.1f')} |"
+        f"| {row['clock_plain_over']:.1f} "
+        f"| {'' if math.isnan(row['gb']) else format(row['gb'], '.1f')} |"
         for name, row in rows.iterrows()
     )
 

@@ -459,7 +459,7 @@ from conki_lib.data import formats
 rows = formats._watched
 def slowly(*args):
     for frames in rows(*args):
-        time.sleep(0.05)
+        time.sleep(0.2)
         yield frames
 formats._watched = slowly
 print("ready", flush=True)

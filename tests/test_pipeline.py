@@ -219,7 +219,11 @@ def test_the_command_leaves_defaults_to_the_snakefile():
     assert plain[plain.index("--config") + 1 :] == ["profile='synthetic'", "threads='1'"]
     more = pipeline.command("synthetic", rows="full,w/o N1", seeds="5", extra=["--dry-run"])
     assert "--dry-run" in more
-    assert more[more.index("--config") + 1 :][1:] == ["rows='full,w/o N1'", "seeds='5'", "threads='1'"]
+    assert more[more.index("--config") + 1 :][1:] == [
+        "rows='full,w/o N1'",
+        "seeds='5'",
+        "threads='1'",
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -231,7 +235,10 @@ def plan(tmp_path_factory) -> str:
         "CONKI_DATA": str(place / "data"),
     }
     command = pipeline.command(
-        "mosi-open", rows="full,w/o C4,w/o C1,text-only", seeds="70-71", extra=["--dry-run", "--nocolor"]
+        "mosi-open",
+        rows="full,w/o C4,w/o C1,text-only",
+        seeds="70-71",
+        extra=["--dry-run", "--nocolor"],
     )
     done = subprocess.run(
         command, capture_output=True, text=True, env=environment, check=False, cwd=place
