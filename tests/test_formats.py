@@ -454,12 +454,13 @@ def test_releases_are_those_that_were_published() -> None:
 # --- killed, interrupted, bounded in memory -----------------------------------------------------
 
 SLOW = """
-import sys, time
+import signal, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where tests run in background
 from conki_lib.data import formats
 rows = formats._watched
 def slowly(*args):
     for frames in rows(*args):
-        time.sleep(0.2)
+        time.sleep(0.05)
         yield frames
 formats._watched = slowly
 print("ready", flush=True)
