@@ -786,7 +786,7 @@ PyTorch's fused attention on a CPU takes no dropout: layers with dropout, all of
 fall back to the same matrix products. Only the library's frozen adapters, in evaluation mode, use
 it, and in bf16 not even these, since the kernel's way back is slow there. A GPU's kernels take
 dropout. Peak memory is that of the whole process on the largest batch of the variant's kind,
-weights and optimiser included.
+weights and optimiser included; an empty cell was not measured.
 
 ## Options
 

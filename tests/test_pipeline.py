@@ -121,7 +121,7 @@ def test_state_follows_what_figures_are_made_from(toy_project, path, text, matte
 
 def test_markers_agree_with_what_is_true(toy_project):
     jobs = toy_project / "runs/p/.jobs"
-    names = ("trained", "missing", "drawn", "data", "merge", "early", "report")
+    names = ("trained", "missing", "drawn", "early", "report")
     paths = {name: str(jobs / name) for name in names}
 
     def agree() -> set[str]:

@@ -75,10 +75,11 @@ def main_table(
             older = int(found.get("older", 0))
             note = f"{older} of {row.n} by older code" if older else ""
         lines.append(line | {"note": note})
-    if published is not None and len(published):  # a corpus of the paper
+    published = pd.DataFrame() if published is None else published
+    if len(published):  # a corpus of the paper
         note = "the paper's figures: no source to check here"
         lines.append({"row": "ConKI (paper)", "note": note})
-    for model, row in (published if published is not None else pd.DataFrame()).iterrows():
+    for model, row in published.iterrows():
         note = f"published average of 5 seeds, MMSA, {row['alignment']} features"
         line = {"row": f"{model} (MMSA)", "n": 5, "note": note}
         lines.append(line | {METRIC_NAMES[m]: show(m, row[m]) for m in metrics if m in row})
@@ -335,8 +336,7 @@ def sweep_figure(runs: pd.DataFrame, setting: str, metrics: Sequence[str]) -> Fi
         setting: ``"lam"``, ``"tau"`` or ``"batch_size"``.
         metrics: one panel each.
     """
-    names = {"lam": r"$\lambda$", "tau": r"$\tau$", "batch_size": "utterances in a batch"}
-    name = names[setting]
+    units = {"lam": r"$\lambda$", "tau": r"$\tau$", "batch_size": "utterances in a batch"}
     fig, axes = plt.subplots(1, len(metrics), figsize=(3.6 * len(metrics), 3.0), squeeze=False)
     for ax, metric in zip(axes[0], metrics, strict=True):
         scale = 100 if is_share(metric) else 1
@@ -347,7 +347,7 @@ def sweep_figure(runs: pd.DataFrame, setting: str, metrics: Sequence[str]) -> Fi
         ax.set_xscale("symlog", linthresh=float(positive.min()))
         ax.set_xticks(list(mean.index), [f"{x:g}" for x in mean.index], fontsize=8)
         ax.minorticks_off()
-        ax.set(title=METRIC_NAMES[metric], xlabel=f"{name} ({_direction(metric)})")
+        ax.set(title=METRIC_NAMES[metric], xlabel=f"{units[setting]} ({_direction(metric)})")
     return fig
 
 
