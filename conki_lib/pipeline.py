@@ -261,17 +261,19 @@ def start(profile: str, *, fresh: bool = False, extra: Sequence[str] = (), **opt
 
 
 def summary(profile: str) -> tuple[pd.DataFrame, list[str]]:
-    """The test row of every run that is known, and the files of tables and figures.
+    """The test row of every run that the tables count, and the files of tables and figures.
 
     Returns:
         One line per variant, fold and seed; paths relative to the project root.
     """
+    from conki_lib.ablation import runs_of
+
     rows = [
         {"variant": r.variant, "fold": r.fold, "seed": r.seed, "epoch": r.best_epoch}
         | {name: round(value, 4) for name, value in r.metrics.get("test", {}).items()}
         | {"code": "current" if r.is_current else "older"}
-        for r in load_records(profile)
-        if r.stage == 2
+        for fold in sorted({record.fold for record in load_records(profile)})
+        for r in runs_of(profile, fold=fold)
     ]
     folders = (results_dir(profile), ROOT / "figures" / profile)
     files = sorted(path for folder in folders for path in folder.glob("*") if path.is_file())

@@ -5,7 +5,7 @@ import pandas as pd
 import pytest
 import torch
 
-from conki_lib import ablation, records
+from conki_lib import ablation, pipeline, records
 from conki_lib.config import ContrastConfig, RunConfig
 from conki_lib.losses import contrastive_loss, task_loss
 from conki_lib.model import build_model, freeze_for_fine_tuning
@@ -93,6 +93,14 @@ def test_precision_and_widths_make_no_other_row(held):
 def test_of_two_runs_todays_code_wins_then_the_newest(held):
     held(record(finished="3", code="old"), record(finished="1"), record(finished="2"))
     assert [r.key for r in ablation.runs_of("synthetic")] == ["full-0-2"]
+
+
+def test_the_summary_lists_what_the_tables_count(held, monkeypatch):
+    found = [record(finished="1"), record(finished="2", mae=0.5), record("full", 1, lam=0.5)]
+    held(*found)
+    monkeypatch.setattr(pipeline, "load_records", lambda profile: found)
+    table, _ = pipeline.summary("synthetic")
+    assert table[["variant", "seed", "mae"]].values.tolist() == [["full", 0, 0.5]]
 
 
 def test_older_code_is_accepted_and_labelled(held):
