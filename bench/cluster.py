@@ -1,6 +1,6 @@
 """The pipeline on a cluster that is played by this machine: overhead of a job, kills, requests.
 
-    python bench/cluster.py             # ten minutes on an idle machine
+    python bench/cluster.py             # a dozen minutes
     python bench/cluster.py --jobs 8    # a short look, nothing kept
 
 Needs `pip install snakemake-executor-plugin-cluster-generic snakemake-executor-plugin-slurm`. The
