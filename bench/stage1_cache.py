@@ -1,6 +1,6 @@
 """Stage 1 from cached hidden states against backbones that run anew in every epoch.
 
-    python bench/stage1_cache.py            # about 25 minutes on two cores, 4 GB of disk
+    python bench/stage1_cache.py            # about 25 minutes on two cores, 2 GB of disk
     python bench/stage1_cache.py --quick    # tiny sizes, nothing written
     python bench/stage1_cache.py --page     # page and figure from the committed results
 
@@ -56,17 +56,17 @@ class Case:
     label: str
     adapters: dict
     backbone: dict | None = None  # sizes of a BERT of random weights; None: the default backbone
-    utterances: tuple[int, int] = (3200, 400)  # train, valid
+    utterances: tuple[int, int] = (1600, 200)  # train, valid
     rounds: int = 3
 
 
 CASES = {
     "default": Case("MiniLM, 6 layers of 384; adapters 128 wide", {}),
     "base, small": Case(
-        "BERT-base, 12 layers of 768; adapters 128 wide", {}, BASE, (960, 128)
+        "BERT-base, 12 layers of 768; adapters 128 wide", {}, BASE, (480, 64)
     ),
     "base, released": Case(
-        "BERT-base, 12 layers of 768; adapters as released, 768 wide", RELEASED, BASE, (960, 128)
+        "BERT-base, 12 layers of 768; adapters as released, 768 wide", RELEASED, BASE, (480, 64)
     ),
 }  # fmt: skip
 SMALL = dict(adapter_width=8, adapter_heads=2, adapter_ff=12, encoder_heads=2, encoder_ff=24)
@@ -282,11 +282,11 @@ def draw(result: dict) -> plt.Figure:
     at = np.arange(len(rows))
     sides = (("recomputed", "backbones anew", "P1"), ("cached", "from the cache", "N1"))
     for i, (name, label, color) in enumerate(sides):
-        values = rows[f"{name}_clock"].astype(float)
+        values = rows[f"{name}_cpu"].astype(float)
         bars = ax.barh(at + 0.4 * i - 0.2, values, 0.36, color=PAIR_COLORS[color], label=label)
         ax.bar_label(bars, [f"{x:.3g}" for x in values], padding=3, fontsize=9)
     ax.set_yticks(at, [label.replace("; ", "\n") for label in rows["label"]])
-    ax.set(title="An epoch of stage 1", xlabel="seconds")
+    ax.set(title="An epoch of stage 1", xlabel="seconds of processor time")
     ax.invert_yaxis()
     ax.margins(x=0.1)
     ax.grid(axis="y", visible=False)
@@ -348,7 +348,7 @@ changes no time.
 
 {facts}
 
-![seconds of an epoch, both ways](stage1_cache.png)
+![processor time of an epoch, both ways](stage1_cache.png)
 
 ## Asked and found
 
