@@ -34,7 +34,7 @@ _CONTROLS = {
     "LMF": ("low-rank multimodal fusion", {"kind": "lmf"}),
 }  # fmt: skip
 # (profile, row) -> values of its own: the best trials on the profile's validation split
-_TUNED = {("mosi-open", "text-only"): {"lr_heads": 1e-3, "epochs": 8}}
+TUNED = {("mosi-open", "text-only"): {"lr_heads": 1e-3, "epochs": 8}}
 
 
 def _variants() -> dict[str, Variant]:
@@ -93,7 +93,7 @@ def variant(name: str) -> Variant:
         number = int(value) if value.isdigit() else float(value)
         return Variant(name, "sweeps", f"{setting} set to {value}", {setting: number})
     raise ValueError(
-        f"unknown variant {name!r}{near_names(name, VARIANTS)} Known are {', '.join(VARIANTS)}, "
+        f"unknown variant {name!r}{near_names(name, VARIANTS)}. Known are {', '.join(VARIANTS)}, "
         "lam=<number>, tau=<number>, batch_size=<number>"
     )
 
@@ -107,7 +107,7 @@ def why_not(profile: RunConfig, name: str) -> str | None:
         return f"the profile has no {''.join(missing)}"
     if "text_init" in changes and "t" not in has:
         return "the profile has no pretrained backbone"
-    if wanted and profile.data.external is None and "+ external" in name:
+    if profile.data.external is None and "+ external" in name:
         return "the profile has no external corpus"
     return None
 
@@ -117,6 +117,8 @@ def configure(
 ) -> RunConfig:
     """The configuration of one row of a profile; overrides that are not None win.
 
+    A row that changes nothing here (``ta`` where the profile has text and audio) is called full.
+
     Raises:
         FileNotFoundError: no such profile.
         ValueError: no such row, or the profile cannot run it; says why.
@@ -124,12 +126,14 @@ def configure(
     base = RunConfig.from_profile(profile)
     if reason := why_not(base, variant_name):
         raise ValueError(f"variant {variant_name!r} is not for profile {profile!r}: {reason}")
-    tuned = _TUNED.get((profile, variant_name.removesuffix(" + external")), {})
+    tuned = TUNED.get((profile, variant_name.removesuffix(" + external")), {})
     changes = tuned | variant(variant_name).changes
     if variant_name == "form=paper":
         changes["lam"] = base.contrast.lam / base.stage2.batch_size
     overrides = {k: v for k, v in {**overrides, "seed": seed}.items() if v is not None}
-    return base.replace(variant=variant_name, **{**changes, **overrides})
+    full = base.replace(variant="full", **overrides)
+    row = base.replace(variant=variant_name, **{**changes, **overrides})
+    return full if config_key(row, 2) == config_key(full, 2) else row
 
 
 def run_or_load(config: RunConfig, *, weights: bool = False, fresh: bool = False) -> Record:
@@ -214,11 +218,6 @@ def run_table(records: Iterable[Record]) -> pd.DataFrame:
     return pd.DataFrame(lines)
 
 
-def _same_as_full(profile: str, name: str) -> str:
-    full, row = (config_key(configure(profile, x), 2) for x in ("full", name))
-    return "the same as full here" if full == row else ""
-
-
 def coverage(profile: str, runs: pd.DataFrame) -> pd.DataFrame:
     """Every row of the tables with its number of runs, and the reason where there is none.
 
@@ -230,7 +229,9 @@ def coverage(profile: str, runs: pd.DataFrame) -> pd.DataFrame:
     lines = []
     for name in row_order([*VARIANTS, *(runs["variant"] if len(runs) else ())]):
         row, n = variant(name), int(counts.get(name, 0))
-        reason = "" if n else why_not(base, name) or _same_as_full(profile, name) or "not run"
+        reason = "" if n else why_not(base, name) or (
+            "not run" if configure(profile, name).variant == name else "the same as full here"
+        )  # fmt: skip
         lines.append({"variant": name, "group": row.group, "n": n, "reason": reason,
                       "meaning": row.meaning})  # fmt: skip
     return pd.DataFrame(lines)

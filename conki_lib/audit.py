@@ -27,7 +27,7 @@ from conki_lib.losses import contrastive_loss, log_f
 from conki_lib.model import Gate, build_model
 from conki_lib.pairs import REPS, Labels, pair_masks, sentiment_class
 from conki_lib.records import predictions
-from conki_lib.statistics import paired_differences
+from conki_lib.statistics import metric_set, paired_differences, videos_of
 
 TOY = dict(d=32, widths={"toy": {"v": 5, "a": 3}}, modalities="va", encoder_heads=4, encoder_ff=32,
            encoder_positions=64, adapter_width=16, adapter_heads=4, adapter_ff=16)  # fmt: skip
@@ -108,8 +108,8 @@ def _batch_size() -> str:
         reps, y = toy_reps(n)
         values[n] = [contrastive_loss(reps, y, form=f).item() for f in ("released", "paper")]
     grow = [b / a for a, b in zip(values[8], values[32], strict=True)]
-    return (f"from 8 to 32 samples the released form grows by {grow[0]:.2f}, the paper's sum by "
-            f"{grow[1]:.2f}; the row form=paper divides lambda by the batch size")  # fmt: skip
+    return (f"from 8 to 32 samples the released form grows {grow[0]:.2f}-fold, the paper's sum "
+            f"{grow[1]:.2f}-fold; the row form=paper divides lambda by the batch size")  # fmt: skip
 
 
 def _n1() -> str:
@@ -143,12 +143,11 @@ def toy_batch(pad: int = 0, n: int = 16) -> Batch:
     """Random vision and audio sequences of 2 to 12 steps; `pad` appends padding, no more."""
     generator = torch.Generator().manual_seed(0)
     lengths = {m: torch.randint(2, 13, (n,), generator=generator) for m in "va"}
-    inputs = {m: torch.randn(n, 12 + pad, d, generator=torch.Generator().manual_seed(d))
-              for m, d in (("v", 5), ("a", 3))}  # fmt: skip
-    for m, x in inputs.items():
-        generator = torch.Generator().manual_seed(len(m))
-        x[:, :12] = torch.randn(n, 12, x.shape[2], generator=generator)
-        x[torch.arange(12 + pad) >= lengths[m][:, None]] = 0
+    inputs = {}
+    for m, d in (("v", 5), ("a", 3)):
+        x = torch.randn(n, 12, d, generator=generator)
+        x[torch.arange(12) >= lengths[m][:, None]] = 0
+        inputs[m] = torch.cat([x, x.new_zeros(n, pad, d)], dim=1)
     ids = tuple(str(i) for i in range(n))
     return Batch(inputs, lengths, torch.zeros(n), ids, torch.arange(n), "toy")
 
@@ -258,10 +257,14 @@ def record_effects(profile: str, *, draws: int = 2000) -> dict[str, str]:
     effects = _of_full(runs[runs["variant"] == "full"], full)
     test = predictions(profile)
     test = test[test["key"].isin(runs["key"]) & (test["split"] == "test")]
-    table = paired_differences(test, draws=draws)
+    table = paired_differences(
+        test, metrics=metric_set(runs), draws=draws,
+        clusters=videos_of(records[0].settings["target"], test["id"].unique()),
+    )  # fmt: skip
     for row in table[table["metric"] == "mae"].itertuples() if len(table) else ():
+        p = f", Holm p {row.p_holm:.2g}" if row.seeds > 1 else ""
         effects[row.variant] = (f"{row.variant}: MAE {row.difference:+.3f} [{row.low:+.3f}, "
-                                f"{row.high:+.3f}], n = {row.seeds}")  # fmt: skip
+                                f"{row.high:+.3f}], n = {row.seeds}{p}")  # fmt: skip
     return effects
 
 

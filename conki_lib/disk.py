@@ -57,7 +57,7 @@ def explained(what: str, folder: Path, way_out: str) -> Iterator[None]:
         raise
     except Exception as error:
         code = error.errno if isinstance(error, OSError) else None
-        if code not in WORDS:
+        if code not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):  # a file that is read may say no
             code = disk_problem(folder)
         if code is None:
             raise

@@ -4,6 +4,7 @@ The Snakefile is the definition of the pipeline. Its marker files in ``runs/<pro
 mirror what is true: `is_finished` asks the records, `state` what tables and figures are made from.
 """
 
+import contextlib
 import fcntl
 import hashlib
 import json
@@ -17,7 +18,7 @@ from typing import NoReturn
 
 import pandas as pd
 
-from conki_lib.config import ROOT, RunConfig
+from conki_lib.config import ROOT, RunConfig, read_profile
 from conki_lib.disk import explained
 from conki_lib.records import (
     committed_records,
@@ -40,21 +41,24 @@ def parse_seeds(text: str) -> list[int]:
     Raises:
         ValueError: anything else.
     """
-    try:
+    seeds: list[int] = []
+    with contextlib.suppress(ValueError):
         if "," in text:
-            return [int(part) for part in text.split(",") if part.strip()]
-        if "-" in text:
+            seeds = [int(part) for part in text.split(",") if part.strip()]
+        elif "-" in text:
             first, last = map(int, text.split("-"))
-            return list(range(first, last + 1))
-        return list(range(int(text)))
-    except ValueError:
+            seeds = list(range(first, last + 1))
+        else:
+            seeds = list(range(int(text)))
+    if not seeds:
         raise ValueError(
             f"SEEDS={text!r}: write a count (3), a list (0,4,7 or 7,) or a range (2-5)"
-        ) from None
+        )
+    return seeds
 
 
 def parse_rows(text: str, profile: str) -> list[str]:
-    """Read rows of the tables: ``"full,w/o N1"``; ``"all"`` means every one the profile can run.
+    """Read rows of the tables: ``"full,w/o N1"``; ``"all"``: each one that the profile can run.
 
     Raises:
         ValueError: an unknown row, with the near ones, or one that is not for this profile.
@@ -63,7 +67,8 @@ def parse_rows(text: str, profile: str) -> list[str]:
 
     if text == "all":
         base = RunConfig.from_profile(profile)
-        return [name for name in VARIANTS if why_not(base, name) is None]
+        possible = [name for name in VARIANTS if why_not(base, name) is None]
+        return [name for name in possible if configure(profile, name).variant == name]
     rows = [part.strip() for part in text.split(",") if part.strip()]
     for row in rows:
         configure(profile, row)
@@ -247,10 +252,12 @@ def start(profile: str, *, fresh: bool = False, extra: Sequence[str] = (), **opt
     Raises:
         FileNotFoundError: no such profile.
         RuntimeError: another pipeline works in this folder.
-        ValueError: `extra` holds ``--config``, which would replace all other settings.
+        ValueError: no such row, no seeds, or `extra` holds ``--config``, which would replace all
+            other settings.
     """
-    RunConfig.from_profile(profile)
-    if "--config" in extra:
+    parse_rows(options.get("rows") or "full", profile)
+    parse_seeds(options.get("seeds") or "1")
+    if any(re.match("--config(=|$)|-C", word) for word in extra):
         raise ValueError("--config is taken: call `snakemake --cores 2 --config ...` itself")
     if not only_plans(extra):
         lock(runs_dir(profile).parent)
@@ -265,9 +272,13 @@ def summary(profile: str) -> tuple[pd.DataFrame, list[str]]:
 
     Returns:
         One line per variant, fold and seed; paths relative to the project root.
+
+    Raises:
+        FileNotFoundError: no such profile.
     """
     from conki_lib.ablation import runs_of
 
+    read_profile(profile)
     rows = [
         {"variant": r.variant, "fold": r.fold, "seed": r.seed, "epoch": r.best_epoch}
         | {name: round(value, 4) for name, value in r.metrics.get("test", {}).items()}
@@ -276,7 +287,7 @@ def summary(profile: str) -> tuple[pd.DataFrame, list[str]]:
         for r in runs_of(profile, fold=fold)
     ]
     folders = (results_dir(profile), ROOT / "figures" / profile)
-    files = sorted(path for folder in folders for path in folder.glob("*") if path.is_file())
+    files = sorted(path for folder in folders for path in folder.rglob("*") if path.is_file())
     return pd.DataFrame(rows), [str(path.relative_to(ROOT)) for path in files]
 
 

@@ -1,7 +1,9 @@
 """Why a component helps or does not: where errors change, gradient conflict, distant corpora."""
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import islice
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -20,7 +22,7 @@ from conki_lib.losses import contrastive_loss, task_loss
 from conki_lib.model import freeze_for_fine_tuning, parameter_groups
 from conki_lib.probes import bag_of_words, ridge_predict
 from conki_lib.records import Record
-from conki_lib.statistics import crossed_test, pair_up
+from conki_lib.statistics import paired_differences
 
 # ---- which utterances ---------------------------------------------------------------------------
 
@@ -28,34 +30,25 @@ from conki_lib.statistics import crossed_test, pair_up
 def error_changes(
     predictions: pd.DataFrame,
     groups: Mapping[str, Iterable[str]],
-    *,
-    base: str = "full",
+    **options: Any,
 ) -> pd.DataFrame:
     """Change of the mean absolute error against a base row, by group of utterances.
 
     Args:
         predictions: of one split; columns variant, seed, id, y, y_hat.
         groups: name -> ids of its utterances.
-        base: the row that others are compared with.
+        **options: of `paired_differences`.
 
     Returns:
-        One line per row and group: variant, group, n, seeds, change (positive: the row errs more
-        than the base), se (over seeds and utterances).
+        The MAE's lines of `paired_differences` for each group, with a column group; positive where
+        the row errs more than the base.
     """
-    lines = []
-    for name in dict.fromkeys(predictions["variant"]):
-        pair = pair_up(predictions, name, base) if name != base else None
-        if pair is None:
-            continue
-        change = np.abs(pair.row - pair.y) - np.abs(pair.base - pair.y)
-        for group, ids in groups.items():
-            inside = np.isin(pair.ids, list(ids))
-            if inside.sum() > 1:
-                test = crossed_test(change[:, inside])
-                lines.append({"variant": name, "group": group, "n": int(inside.sum()),
-                              "seeds": len(pair.seeds), "change": test["mean"],
-                              "se": test["se"]})  # fmt: skip
-    return pd.DataFrame(lines)
+    parts = []
+    for group, ids in groups.items():
+        inside = predictions[predictions["id"].isin(list(ids))]
+        found = paired_differences(inside, **options)
+        parts += [found[found["metric"] == "mae"].assign(group=group)] if len(found) else []
+    return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame()
 
 
 # ---- which gradients ----------------------------------------------------------------------------
@@ -194,8 +187,9 @@ def _word_distance(target: FeatureStore, external: FeatureStore) -> list[tuple[s
     test, own, other = target["test"], target["train"], external["train"]
     texts = {name: list(view.columns["text"]) for name, view in
              (("test", test), ("own", own), ("other", other))}  # fmt: skip
-    known = {w for text in texts["other"] for w in text.lower().split()}
-    said = [w for text in texts["test"] for w in text.lower().split()]
+    said, known = ([w for text in texts[k] for w in re.findall(r"[\w']+", text.lower())]
+                   for k in ("test", "other"))  # fmt: skip
+    known = set(known)
     lines = [("words known", float(np.mean([w in known for w in said])),
               "share of the target's test words that external training texts hold")]  # fmt: skip
     for name, label, view in (("own", "target", own), ("other", "external", other)):

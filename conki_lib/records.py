@@ -18,6 +18,7 @@ import resource
 import subprocess
 import sys
 import uuid
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
@@ -27,7 +28,7 @@ from typing import Any
 import pandas as pd
 from filelock import FileLock
 
-from conki_lib.config import ROOT, RunConfig
+from conki_lib.config import ROOT, RunConfig, read_profile
 
 RESULT_MODULES = (
     "config", "pairs", "losses", "tiles", "metrics", "encoders", "adapters", "model", "baselines",
@@ -179,27 +180,29 @@ def run_lock(folder: Path) -> FileLock:
 # ---- reading and writing ------------------------------------------------------------------------
 
 
-def write_text(path: Path, text: str) -> Path:
-    """Write aside, then rename: a reader sees the old file or the whole new one."""
+@contextlib.contextmanager
+def aside(path: Path) -> Iterator[Path]:
+    """A name to write to, renamed in the end: a reader sees the old file or the whole new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
+    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
     try:
-        aside.write_text(text)
-        aside.replace(path)
+        yield partial
+        partial.replace(path)
     finally:
-        aside.unlink(missing_ok=True)
+        partial.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> Path:
+    """Write a text in one step."""
+    with aside(path) as partial:
+        partial.write_text(text)
     return path
 
 
 def write_table(path: Path, table: pd.DataFrame) -> Path:
-    """Write a parquet file aside, then rename it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
-    try:
-        table.to_parquet(aside, index=False)
-        aside.replace(path)
-    finally:
-        aside.unlink(missing_ok=True)
+    """Write a parquet file in one step."""
+    with aside(path) as partial:
+        table.to_parquet(partial, index=False)
     return path
 
 
@@ -254,7 +257,11 @@ def merge(profile: str) -> Path:
 
     Returns:
         The path of ``records.jsonl``.
+
+    Raises:
+        FileNotFoundError: no such profile.
     """
+    read_profile(profile)
     target = results_dir(profile)
     runs = runs_dir(profile)  # without any run there is nothing to lock
     with FileLock(runs / "merge.lock") if runs.is_dir() else contextlib.nullcontext():

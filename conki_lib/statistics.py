@@ -1,12 +1,12 @@
 """From runs to evidence: means over seeds, paired differences, intervals, corrected tests.
 
 Two things vary by chance: which utterances stand in the test split, and which seed a run had. Both
-are crossed here, since every seed predicts every utterance. Intervals come from drawing both with
-replacement; the test of the paired difference has a variance component for each.
+are crossed here, since every seed predicts every utterance: intervals and tests have a variance
+component for each, see `crossed_interval`.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,6 +16,7 @@ from jaxtyping import Float
 from scipy import stats
 
 from conki_lib.config import ROOT
+from conki_lib.data import corpus_path, open_store
 from conki_lib.metrics import MOSI_METRICS, SIMS_METRICS, mosi_metrics, sims_metrics
 
 METRICS = {"mosi": MOSI_METRICS, "sims": SIMS_METRICS}
@@ -25,9 +26,9 @@ _SIMS_EDGES = {"acc5": (-0.7, -0.1, 0.1, 0.7), "acc3": (-0.1, 0.1), "acc2": (0.0
 PUBLISHED = {"mosi": "mosi", "mosi-open": "mosi", "mosei": "mosei", "sims": "sims"}
 
 
-def metric_set(label_range: Sequence[float]) -> str:
-    """The convention that a corpus's labels ask for: ``"sims"`` in [-1, 1], else ``"mosi"``."""
-    return "sims" if tuple(label_range) == (-1.0, 1.0) else "mosi"
+def metric_set(names: Iterable[str]) -> str:
+    """The convention of a table of runs, told by the names of its metrics."""
+    return "sims" if "acc3" in names else "mosi"
 
 
 def recompute(predictions: pd.DataFrame, *, metrics: str = "mosi") -> pd.DataFrame:
@@ -65,7 +66,8 @@ def summarise(runs: pd.DataFrame, metrics: Sequence[str]) -> pd.DataFrame:
     if "code" in runs:
         table["older"] = groups["code"].agg(lambda code: int((code == "older").sum()))
     for name in metrics:
-        table[name], table[f"{name}_sd"] = groups[name].mean(), groups[name].std(ddof=1)
+        table[name] = groups[name].mean(skipna=False)  # a collapsed run must not improve a row
+        table[f"{name}_sd"] = groups[name].std(ddof=1, skipna=False)
     return table
 
 
@@ -151,6 +153,8 @@ class Pair(NamedTuple):
 def pair_up(predictions: pd.DataFrame, row: str, base: str = "full") -> Pair | None:
     """Line two rows up by seed and utterance; None where they share no seed.
 
+    An utterance that a run does not hold is left out for all of them.
+
     Args:
         predictions: columns variant, seed, id, y, y_hat of one split; one line per run and
             utterance.
@@ -166,7 +170,8 @@ def pair_up(predictions: pd.DataFrame, row: str, base: str = "full") -> Pair | N
     if not seeds:
         return None
     y = predictions.drop_duplicates("id").set_index("id")["y"]
-    ids = [i for i in y.index if all(i in table.columns for table in tables)]
+    whole = [set(table.loc[seeds].dropna(axis=1).columns) for table in tables]
+    ids = [i for i in y.index if all(i in held for held in whole)]
     values = [table.loc[seeds, ids].to_numpy(np.float32) for table in tables]
     return Pair([int(s) for s in seeds], ids, y[ids].to_numpy(np.float32), *values)
 
@@ -180,24 +185,20 @@ def paired_differences(
     draws: int = 2000,
     seed: int = 0,
 ) -> pd.DataFrame:
-    """Difference of every row to a base row, with intervals and a test, over the seeds they share.
-
-    The interval is the middle 95 % over drawing utterances and seeds with replacement, the same
-    draws for both rows. With few seeds such an interval is somewhat too narrow in the seeds' part;
-    with one seed it knows nothing of seeds, and no p value is given. The test is `crossed_test` on
-    absolute errors; Holm's correction is over the rows of this call.
+    """Difference of every row to a base row, with `crossed_interval`, over the seeds they share.
 
     Args:
         predictions: of one split, see `pair_up`.
         base: the row that all others are compared with.
         metrics: ``"mosi"`` or ``"sims"``.
-        clusters: id -> video; whole videos are drawn in place of single utterances.
+        clusters: id -> video, see `videos_of`; whole videos are drawn, as clips of one speaker are
+            alike. None: single utterances.
         draws: bootstrap samples.
         seed: of the bootstrap.
 
     Returns:
-        One line per row and metric: variant, metric, seeds, utterances, difference, low, high; for
-        the MAE also p and p_holm.
+        One line per row and metric: variant, metric, seeds, utterances, difference, low, high, se,
+        p, p_holm (Holm's correction over the rows of this call, metric by metric).
     """
     lines = []
     for name in dict.fromkeys(predictions["variant"]):
@@ -205,80 +206,81 @@ def paired_differences(
         if pair is not None:
             lines += _differences(pair, name, metrics, clusters, draws, seed)
     table = pd.DataFrame(lines)
-    if len(table):
-        tested = table["metric"] == "mae"
-        table.loc[tested, "p_holm"] = holm(table.loc[tested, "p"].to_numpy())
+    for _, part in table.groupby("metric") if len(table) else ():
+        table.loc[part.index, "p_holm"] = holm(part["p"].to_numpy())
     return table
 
 
-def _differences(pair: Pair, name: str, metrics: str, clusters, draws: int, seed: int) -> list:
+def _differences(
+    pair: Pair, name: str, metrics: str, clusters: Mapping[str, str] | None, draws: int, seed: int
+) -> list[dict]:
     S, N = pair.row.shape
     rng = np.random.default_rng(seed)
-    weights = np.vstack([np.ones(N), _draw_utterances(rng, pair.ids, clusters, draws)])
-    seeds = np.vstack([np.ones(S), rng.multinomial(S, np.full(S, 1 / S), draws)]) / S
+    units, drawn = _draw_utterances(rng, pair.ids, clusters, draws)
     row, base = (
-        weighted_scores(x, pair.y, weights, metrics=metrics) for x in (pair.row, pair.base)
+        weighted_scores(x, pair.y, np.vstack([np.ones(N), drawn]), metrics=metrics)
+        for x in (pair.row, pair.base)
     )
-    errors = np.abs(pair.row - pair.y) - np.abs(pair.base - pair.y)
-    p = crossed_test(errors)["p"] if S > 1 else math.nan
-    lines = []
-    for metric in METRICS[metrics]:
-        values = ((row[metric] - base[metric]) * seeds).sum(1)
-        low, high = (
-            np.nanquantile(values[1:], [0.025, 0.975])
-            if np.isfinite(values[1:]).any()
-            else (np.nan,) * 2
-        )
-        line = {"variant": name, "metric": metric, "seeds": S, "utterances": N,
-                "difference": values[0], "low": low, "high": high}  # fmt: skip
-        lines.append(line | ({"p": p} if metric == "mae" else {}))
-    return lines
+    values = {metric: row[metric] - base[metric] for metric in METRICS[metrics]}
+    return [
+        {"variant": name, "metric": metric, "seeds": S, "utterances": N}
+        | crossed_interval(value[0], value[1:], units)
+        for metric, value in values.items()
+    ]
 
 
 def _draw_utterances(
     rng: np.random.Generator, ids: list[str], clusters: Mapping[str, str] | None, draws: int
-) -> Float[np.ndarray, "D N"]:
+) -> tuple[int, Float[np.ndarray, "D N"]]:
     names = [clusters[i] for i in ids] if clusters else ids
     units, place = np.unique(names, return_inverse=True)
     counts = rng.multinomial(len(units), np.full(len(units), 1 / len(units)), draws)
-    return counts[:, place].astype(float)
+    return len(units), counts[:, place].astype(float)
 
 
-def crossed_test(differences: Float[np.ndarray, "S N"]) -> dict[str, float]:
-    """Test whether a mean paired difference is 0 when both seeds and utterances are chance.
+def crossed_interval(
+    values: Float[np.ndarray, " S"], drawn: Float[np.ndarray, "D S"], units: int
+) -> dict[str, float]:
+    """Interval and test of a mean over seeds where seeds and utterances are both chance.
 
-    Formula: the difference of seed s and utterance u is a mean, an effect of s, one of u and a
-        rest; SE^2 = V_s/S + V_u/N + V_r/(S N), with the components from the two-way analysis of
-        variance (negative ones set to 0) and Satterthwaite's degrees of freedom.
+    Formula: the value of seed s on utterance u is a mean, an effect of s, one of u and a rest;
+        SE^2 = V_s/S + V_u/U + V_r/(S U). The variance of `values` holds V_s + V_r/U; that of the
+        drawn means V_u/U + V_r/(S U), that of the drawn deviations from them V_r/U. Interval:
+        mean -+ t SE, with Satterthwaite's degrees of freedom.
+
+    To draw the few seeds with replacement, too, would give intervals that are far too narrow.
 
     Args:
-        differences: one value per seed and utterance, such as |error| of a row minus |error| of
-            `full`.
+        values: one per seed, such as the difference of two rows' MAE.
+        drawn: the same on bootstrap samples of the utterances, or of whole videos; all seeds on the
+            same ones.
+        units: number of utterances, or videos, that were drawn from.
 
     Returns:
-        mean, se, df, p (two-sided). One seed: a paired t test over utterances alone.
+        difference, low, high (95 %), se, p (two-sided). One seed: the interval knows nothing of
+        seeds, and p is nan.
 
-    Source: crossed random factors, Westfall, Kenny and Judd 2014.
+    Source: crossed random factors, Westfall, Kenny and Judd 2014; for any metric by the bootstrap.
     """
-    D = np.asarray(differences, float)
-    S, N = D.shape
-    mean, by_seed, by_utterance = D.mean(), D.mean(1), D.mean(0)
-    utterances = S * by_utterance.var(ddof=1) if N > 1 else 0.0
-    if S == 1:
-        squares, free = [utterances], [N - 1]
-    else:
-        seeds = N * by_seed.var(ddof=1)
-        rest = D - by_seed[:, None] - by_utterance + mean
-        rest = (rest**2).sum() / ((S - 1) * max(N - 1, 1))
-        squares = [max(seeds, rest), max(utterances, rest), -rest]
-        free = [S - 1, max(N - 1, 1), (S - 1) * max(N - 1, 1)]
-    total = sum(squares)
-    se = math.sqrt(max(total, 0.0) / (S * N))
-    if se == 0 or not free[0]:
-        return {"mean": float(mean), "se": se, "df": math.nan, "p": 1.0 if mean == 0 else math.nan}
-    df = total**2 / sum(square**2 / k for square, k in zip(squares, free, strict=True))
-    p = 2 * stats.t.sf(abs(mean) / se, df)
-    return {"mean": float(mean), "se": se, "df": float(df), "p": float(p)}
+    S, mean = len(values), float(values.mean())
+    drawn = drawn[np.isfinite(drawn).all(1)]
+    nothing = {"difference": mean, "low": math.nan, "high": math.nan, "se": math.nan, "p": math.nan}
+    if units < 2 or len(drawn) < 2 or not math.isfinite(mean):
+        return nothing
+    grow = units / (units - 1)  # the bootstrap's variance is the one that divides by U
+    utterances = grow * drawn.mean(1).var()
+    parts, free = [utterances], [units - 1]
+    if S > 1:
+        rest = grow * (drawn - drawn.mean(1, keepdims=True)).var(0).mean() * S / (S - 1)
+        parts = [max(utterances, rest / S), max(values.var(ddof=1), rest) / S, -rest / S]
+        free = [units - 1, S - 1, (S - 1) * (units - 1)]
+    se = math.sqrt(sum(parts))
+    if se == 0:
+        return nothing | {"low": mean, "high": mean, "se": 0.0}
+    df = se**4 / sum(part**2 / k for part, k in zip(parts, free, strict=True))
+    reach = float(stats.t.ppf(0.975, df)) * se
+    p = 2 * float(stats.t.sf(abs(mean) / se, df)) if S > 1 else math.nan
+    return {"difference": mean, "low": mean - reach, "high": mean + reach, "se": se, "p": p}
 
 
 def holm(p: Sequence[float] | Float[np.ndarray, " R"]) -> Float[np.ndarray, " R"]:
@@ -293,6 +295,20 @@ def holm(p: Sequence[float] | Float[np.ndarray, " R"]) -> Float[np.ndarray, " R"
     corrected = np.full(len(p), np.nan)
     corrected[order] = np.minimum(steps, 1.0)
     return corrected
+
+
+def videos_of(corpus: str, ids: Iterable[str]) -> dict[str, str]:
+    """Id of each utterance -> its video: by the store, where it is here, else by the id's form.
+
+    Args:
+        corpus: a profile's target, such as ``"mosi-open"``.
+        ids: of its utterances; without a store ``video$_$clip``, or each counts as a video.
+    """
+    path, known = corpus_path(corpus), {}
+    if (path / "info.json").is_file():
+        table = open_store(path).utterances
+        known = dict(zip(table["id"], table["video"], strict=True))
+    return {i: known.get(i, i.partition("$_$")[0]) for i in ids}
 
 
 # ---- what others published ----------------------------------------------------------------------

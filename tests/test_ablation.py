@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from conki_lib import ablation, pipeline, records
-from conki_lib.config import ContrastConfig, RunConfig
+from conki_lib.config import ROOT, ContrastConfig, RunConfig
 from conki_lib.losses import contrastive_loss, task_loss
 from conki_lib.model import build_model, freeze_for_fine_tuning
 from conki_lib.reasons import class_groups, error_changes, external_distance, gradient_conflict
@@ -32,11 +32,20 @@ def test_rows_change_what_they_say():
     assert configure("synthetic", "full").identity(2) == base.identity(2)
 
 
-def test_every_row_is_another_run():
-    base = RunConfig.from_profile("synthetic")
+@pytest.mark.parametrize("profile", sorted(p.stem for p in (ROOT / "configs").glob("*.yml")))
+def test_every_row_is_another_run(profile):
+    base = RunConfig.from_profile(profile)
     rows = [name for name in ablation.VARIANTS if ablation.why_not(base, name) is None]
-    keys = {records.config_key(ablation.configure("synthetic", name), 2) for name in rows}
-    assert len(keys) == len(rows) == len(ablation.VARIANTS)
+    found = {name: ablation.configure(profile, name) for name in rows}
+    named = {name: config for name, config in found.items() if config.variant == name}
+    keys = {records.config_key(config, 2) for config in named.values()}
+    assert len(keys) == len(named)
+    same = set(rows) - set(named)  # as it changes nothing, its runs are those of full
+    assert all(found[name] == found["full"] for name in same)
+    wanted = {"synthetic": set(), "mosi-open": {"ta"}, "mmmo-open": {"va"}, "sims": {"w/o C1"}}
+    assert same == wanted.get(profile, set())
+    if profile == "sims":
+        assert not any("+ external" in row for row in rows)
 
 
 def test_unknown_and_impossible_rows_say_why():
@@ -143,8 +152,19 @@ def test_error_changes_by_hand():
     lines += [("w/o N1", s, f"u{i}", 0.0, 1.5 if i < 2 else 0.5) for s in (0, 1) for i in range(4)]
     table = pd.DataFrame(lines, columns=["variant", "seed", "id", "y", "y_hat"])
     found = error_changes(table, {"first": ["u0", "u1"], "last": ["u2", "u3"], "one": ["u0"]})
-    assert found["group"].tolist() == ["first", "last"]
-    assert found["change"].tolist() == [0.5, -0.5] and (found["seeds"] == 2).all()
+    assert found["group"].tolist() == ["first", "last", "one"]
+    assert found["difference"].tolist() == [0.5, -0.5, 0.5] and (found["seeds"] == 2).all()
+    assert found["se"].tolist()[:2] == [0, 0] and np.isnan(found["se"].iloc[2])  # one utterance
+
+
+def test_error_changes_vary_with_seeds_and_utterances():
+    rng = np.random.default_rng(0)
+    lines = [("full", s, f"u{i}", 0.0, 1.0) for s in (0, 1, 2) for i in range(50)]
+    lines += [("w/o N1", s, f"u{i}", 0.0, 2 + rng.normal(0, 0.3))
+              for s in (0, 1, 2) for i in range(50)]  # fmt: skip
+    table = pd.DataFrame(lines, columns=["variant", "seed", "id", "y", "y_hat"])
+    found = error_changes(table, {"all": [f"u{i}" for i in range(50)]}).iloc[0]
+    assert 0.01 < found["se"] < 0.1 and found["p"] < 0.05
 
 
 def test_class_groups():

@@ -75,7 +75,8 @@ def test_convert_refuses_a_web_page_and_writes_nothing(conki, tmp_path):
     page.write_text(HTML)
     assert failed(conki("convert", page, tmp_path / "store"), "unaligned_50.pkl")
     assert not (tmp_path / "store").exists()
-    assert failed(conki("convert", tmp_path / "absent.pkl", tmp_path / "store"), "absent.pkl")
+    assert failed(conki("convert", tmp_path / "absent.pkl", tmp_path / "x/store"), "absent.pkl")
+    assert not (tmp_path / "x").exists()
 
 
 def test_inspect_recognises_a_web_page(conki, tmp_path):
@@ -107,6 +108,12 @@ def test_merge_and_results_of_a_profile_without_runs(conki, tmp_path, monkeypatc
     assert Path(result.stdout.strip()) == tmp_path / "results/synthetic/records.jsonl"
     result = conki("results", "synthetic")
     assert result.exit_code == 0 and "results/synthetic/records.jsonl" in result.stdout
+    (tmp_path / "results/synthetic/tables").mkdir()
+    (tmp_path / "results/synthetic/tables/main.md").touch()
+    assert "results/synthetic/tables/main.md" in conki("results", "synthetic").stdout
+    for command in ("merge", "results"):
+        assert failed(conki(command, "synthetc"), "did you mean 'synthetic'")
+    assert not (tmp_path / "results/synthetc").exists()
 
 
 def test_pipeline_rejects_an_unknown_profile_before_anything(conki, tmp_path):

@@ -184,7 +184,9 @@ def test_a_read_only_folder_of_runs_is_named(disk):
 
 
 def test_errors_that_the_disk_did_not_cause_pass_unchanged(tmp_path):
-    for error in (ValueError("no number"), OSError(errno.EIO, "broken"), KeyError("x")):
+    errors = (ValueError("no number"), OSError(errno.EIO, "broken"), KeyError("x"))
+    denied = PermissionError(errno.EACCES, "denied", "/mirror/a.csv")  # to read another file
+    for error in (*errors, denied):
         with pytest.raises(type(error)) as found, explained("x", tmp_path, "nothing"):
             raise error
         assert found.value is error

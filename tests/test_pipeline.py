@@ -25,7 +25,7 @@ def test_seeds(text, seeds):
     assert pipeline.parse_seeds(text) == seeds
 
 
-@pytest.mark.parametrize("text", ["many", "1.5", "0;1", "a-b"])
+@pytest.mark.parametrize("text", ["many", "1.5", "0;1", "a-b", "0", "5-2", ","])
 def test_seeds_that_are_none(text):
     with pytest.raises(ValueError, match="write a count"):
         pipeline.parse_seeds(text)
@@ -35,6 +35,7 @@ def test_rows():
     assert pipeline.parse_rows("full, w/o C4", "synthetic") == ["full", "w/o C4"]
     everything = pipeline.parse_rows("all", "mosi-open")
     assert {"full", "w/o N1", "text-only"} <= set(everything) and "v" not in everything
+    assert "ta" not in everything  # is full there
     with pytest.raises(ValueError, match=r"'w/o C5'.*did you mean"):
         pipeline.parse_rows("full,w/o C5", "synthetic")
     with pytest.raises(ValueError, match="the profile has no v"):
@@ -146,9 +147,19 @@ def test_markers_agree_with_what_is_true(toy_project):
     assert agree() == {"trained"}  # other code: all pictures are
 
 
-def test_other_settings_go_to_snakemake_itself():
+@pytest.mark.parametrize("word", ["--config", "--config=conki=true", "-C", "-Cconki=true"])
+def test_other_settings_go_to_snakemake_itself(word):
     with pytest.raises(ValueError, match="--config is taken"):
-        pipeline.start("synthetic", extra=["--config", "conki=true"])
+        pipeline.start("synthetic", extra=[word, "conki=true"])
+
+
+@pytest.mark.parametrize("typo", [{"rows": "w/o N3"}, {"seeds": "0-"}])
+def test_a_typo_beside_fresh_moves_nothing(tmp_path, monkeypatch, typo):
+    monkeypatch.setenv("CONKI_RUNS", str(tmp_path))
+    (tmp_path / "synthetic/full-s0").mkdir(parents=True)
+    with pytest.raises(ValueError, match="w/o N3|write a count"):
+        pipeline.start("synthetic", fresh=True, **typo)
+    assert [p.name for p in tmp_path.iterdir()] == ["synthetic"]
 
 
 def test_fresh_moves_runs_aside_and_deletes_nothing(tmp_path, monkeypatch):

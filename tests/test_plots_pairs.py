@@ -84,6 +84,14 @@ def test_a_figure_has_one_producer(tmp_path: Path) -> None:
         save_figure(figure, "x", "p", producer="06_other", folder=tmp_path)
 
 
+def test_a_figure_that_was_half_written_is_written_again(tmp_path: Path) -> None:
+    (tmp_path / "x.png").touch()
+    assert figure_producer(tmp_path / "x.png") is None
+    path = save_figure(plt.figure(), "x", "p", producer="02_pairs", folder=tmp_path)
+    assert figure_producer(path) == "02_pairs"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["x.png", "x.svg"]
+
+
 def test_figures_go_to_the_profiles_folder() -> None:
     assert figures_dir("mosi-open") == ROOT / "figures" / "mosi-open"
 

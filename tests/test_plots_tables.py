@@ -37,9 +37,9 @@ def runs() -> pd.DataFrame:
 def differences() -> pd.DataFrame:
     lines = [
         ("w/o N1", "mae", 0.05, 0.01, 0.09, 0.01, 0.02),
-        ("w/o N1", "acc2_non0", -0.02, -0.05, 0.01, np.nan, np.nan),
-        ("TFN", "mae", -0.05, -0.09, -0.01, 0.01, 0.02),
-        ("TFN", "acc2_non0", 0.02, 0.01, 0.03, np.nan, np.nan),
+        ("w/o N1", "acc2_non0", -0.02, -0.05, -0.01, 0.04, 0.08),
+        ("TFN", "mae", -0.05, -0.09, -0.01, 0.0001, 0.02),
+        ("TFN", "acc2_non0", 0.02, 0.01, 0.03, 0.01, 0.02),
     ]
     columns = ["variant", "metric", "difference", "low", "high", "p", "p_holm"]
     return pd.DataFrame(lines, columns=columns).assign(seeds=2, utterances=50)
@@ -80,8 +80,8 @@ def test_main_table_of_sims_and_of_a_corpus_nobody_published():
 def test_difference_table(differences):
     table = plots.difference_table(differences, METRICS).set_index("row")
     assert table.loc["w/o N1", "MAE"] == "+0.050 [+0.010, +0.090]"
-    assert table.loc["TFN", "Acc-2 non0 (%)"] == "+2.0 [+1.0, +3.0]"
-    assert table.loc["TFN", "p Holm"] == "0.020"
+    assert table.loc["TFN", "Acc-2 non0 (points)"] == "+2.0 [+1.0, +3.0]"
+    assert table.loc["TFN", ["p", "p Holm"]].tolist() == ["<0.001", "0.020"]
 
 
 def test_written_tables_say_the_same(tmp_path, differences):
@@ -89,7 +89,13 @@ def test_written_tables_say_the_same(tmp_path, differences):
     paths = plots.write_tables(table, "d", tmp_path / "toy" / "tables", caption="100 % & more")
     assert pd.read_csv(paths["csv"], dtype=str, keep_default_na=False).equals(table.astype(str))
     tex = paths["tex"].read_text()
-    for part in (r"\toprule", r"\bottomrule", r"100 \% \& more", "[$-$0.090", r"Acc-2 non0 (\%)"):
+    for part in (
+        r"\toprule",
+        r"\bottomrule",
+        r"100 \% \& more",
+        "[$-$0.090",
+        "Acc-2 non0 (points)",
+    ):
         assert part in tex
     assert tex.count(r"\\") == 3 and "tab:toy-d" in tex
     text = paths["md"].read_text()
@@ -110,21 +116,25 @@ def test_every_run_is_a_point(runs):
 def test_colours_of_differences_know_which_way_is_better(differences):
     fig = plots.difference_figure(differences, METRICS)
     look = [[line.get_color() for line in ax.lines if line.get_marker() in "os"] for ax in fig.axes]
-    assert look == [[plots.WORSE, plots.BETTER], [plots.OPEN, plots.BETTER]]
-    alone = plots.difference_figure(differences.assign(seeds=1), METRICS)
-    assert {line.get_color() for line in alone.axes[0].lines if line.get_marker() in "os"} == {
-        plots.OPEN
-    }
+    assert look == [[plots.WORSE, plots.BETTER], [plots.OPEN, plots.BETTER]]  # by Holm's p alone
+
+
+def test_a_row_far_outside_does_not_set_the_axis(differences):
+    mae = differences[differences["metric"] == "mae"]
+    near = [mae.assign(variant=f"row {k}") for k in range(4)]
+    far = mae.iloc[:1].assign(variant="w/o C3", difference=1.5, low=1.4, high=1.6)
+    ax = plots.difference_figure(pd.concat([*near, far]), ["mae"]).axes[0]
+    assert ax.get_xlim()[1] < 0.5 and [t.get_text() for t in ax.texts] == ["+1.5"]
 
 
 def test_other_figures_draw_what_they_are_given(runs, differences):
-    changes = pd.DataFrame({"variant": ["w/o N1"] * 2, "group": ["-1", "0"], "n": [30, 40],
-                            "seeds": 2, "change": [0.2, -0.001], "se": [0.01, 0.1]})  # fmt: skip
+    changes = pd.DataFrame({"variant": ["w/o N1"] * 2, "group": ["-1", "0"], "p": [0.01, 0.9],
+                            "utterances": [30, 40], "difference": [0.2, -0.001]})  # fmt: skip
     texts = [t.get_text() for t in plots.change_heatmap(changes).axes[0].texts]
     assert texts == ["+0.20*", "0"]
-    for few in ({"n": 19}, {"seeds": 1}):
+    for few in ({"utterances": 19}, {"p": np.nan}):  # one seed has no p
         texts = [t.get_text() for t in plots.change_heatmap(changes.assign(**few)).axes[0].texts]
-        assert texts == ["+0.20", "0"]  # such a standard error is itself not known
+        assert texts == ["+0.20", "0"]
     gradients = pd.DataFrame({"cosine": [0.1, -0.2], "ratio": [0.1, 2.0], "batch": [0, 1]})
     gradients = gradients.assign(moment="start", group="text backbone")
     assert len(plots.conflict_figure(gradients).axes) == 2
@@ -174,14 +184,12 @@ def test_the_list_names_the_notebook_in_the_file(tmp_path):
         save_figure(fig, name, "toy", producer=producer, folder=tmp_path / "figures" / "toy")
     lines = plots.figure_index(tmp_path).splitlines()
     assert "[toy/02_x](toy/02_x.png) | [02_contrastive_pairs]" in lines[-2]
-    assert lines[-2].endswith("none: corpora and formulas only |")
+    assert lines[-2].endswith("none: corpora, formulas, toys |")
     assert "[05_ablation_table]" in lines[-1] and "results/toy/records.jsonl" in lines[-1]
 
 
 def test_the_committed_list_is_the_generated_one():
     path = ROOT / "figures" / "README.md"
-    if not path.is_file():
-        pytest.skip("no figures/README.md yet: notebook 07 writes it")
     assert path.read_text() == plots.figure_index()
 
 
@@ -225,8 +233,7 @@ def test_main_table_of_a_generated_mmsa_file(tmp_path, corpus, limit, widths, co
     store = open_store(
         convert(source, tmp_path / corpus, name=corpus, language="en", label_range=(-limit, limit))
     )
-    metrics = statistics.metric_set(store.info.label_range)
-    assert metrics == ("sims" if corpus == "sims" else "mosi")
+    metrics = "sims" if corpus == "sims" else "mosi"
     train, test = store["train"], store["test"]
     y_hat = ridge_predict(clip_means(train, "v"), train.y, clip_means(test, "v"))
     lines = pd.DataFrame({"id": test.table["id"], "y": test.y, "y_hat": y_hat})

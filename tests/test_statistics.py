@@ -112,29 +112,131 @@ def test_drawing_videos_widens_the_interval_of_clustered_errors():
         line = found.set_index("metric").loc["mae"]
         widths.append(line["high"] - line["low"])
     assert widths[1] > 3 * widths[0]
+    low, high = stats.t.interval(0.95, 79, scale=0.5 / 80**0.5)
+    assert np.isclose(widths[0], high - low, rtol=0.1)
 
 
 def test_no_shared_seed_gives_an_empty_table():
     assert len(statistics.paired_differences(predictions(rows=("full",)))) == 0
 
 
-def test_one_seed_is_a_paired_t_test():
+def by_utterance(d, clusters=None, draws=4000):
+    """`crossed_interval` of a table of seeds by utterances."""
+    weights = np.random.default_rng(5).multinomial(d.shape[1], [1 / d.shape[1]] * d.shape[1], draws)
+    return statistics.crossed_interval(d.mean(1), weights @ d.T / d.shape[1], d.shape[1])
+
+
+def anova(d):
+    """The same from the mean squares of a two-way analysis of variance, by loops."""
+    S, U = d.shape
+    mean = sum(d[s, u] for s in range(S) for u in range(U)) / (S * U)
+    seeds = U * sum((d[s].mean() - mean) ** 2 for s in range(S)) / (S - 1)
+    utterances = S * sum((d[:, u].mean() - mean) ** 2 for u in range(U)) / (U - 1)
+    rest = sum((d[s, u] - d[s].mean() - d[:, u].mean() + mean) ** 2
+               for s in range(S) for u in range(U)) / ((S - 1) * (U - 1))  # fmt: skip
+    total = seeds + utterances - rest
+    free = (S - 1, U - 1, (S - 1) * (U - 1))
+    df = total**2 / sum(q**2 / k for q, k in zip((seeds, utterances, rest), free, strict=True))
+    se = (total / (S * U)) ** 0.5
+    return mean, se, 2 * stats.t.sf(abs(mean) / se, df), stats.t.ppf(0.975, df) * se
+
+
+def test_crossed_interval_equals_the_analysis_of_variance():
+    rng = np.random.default_rng(1)
+    d = 0.2 + rng.normal(0, 0.3, (4, 1)) + rng.normal(0, 1, (1, 60)) + rng.normal(0, 0.5, (4, 60))
+    found, (mean, se, p, reach) = by_utterance(d), anova(d)
+    assert np.isclose(found["difference"], mean)
+    assert np.isclose(found["se"], se, rtol=0.04) and np.isclose(found["p"], p, rtol=0.1)
+    assert np.isclose(found["high"] - mean, reach, rtol=0.05)
+    assert np.isclose(mean - found["low"], reach, rtol=0.05)
+
+
+def test_one_seed_is_an_interval_over_utterances_without_a_test():
     d = np.random.default_rng(0).normal(0.1, 1, (1, 40))
-    found, expected = statistics.crossed_test(d), stats.ttest_1samp(d[0], 0)
-    assert np.isclose(found["p"], expected.pvalue) and found["df"] == 39
+    found, expected = by_utterance(d), stats.ttest_1samp(d[0], 0).confidence_interval()
+    assert np.isnan(found["p"])
+    assert np.allclose([found["low"], found["high"]], [expected.low, expected.high], atol=0.03)
 
 
-def test_crossed_test_keeps_its_level_where_seeds_and_utterances_vary():
-    rng, rejected, naive = np.random.default_rng(0), 0, 0
-    for _ in range(300):
-        d = rng.normal(0, 0.5, (5, 1)) + rng.normal(0, 1, (1, 80)) + rng.normal(0, 1, (5, 80))
-        rejected += statistics.crossed_test(d)["p"] < 0.05
+@pytest.mark.parametrize("S", [2, 3, 5])
+def test_the_crossed_test_keeps_its_level_and_has_power(S):
+    rng, fooled, found, naive, N = np.random.default_rng(0), 0, 0, 0, 300
+    for _ in range(N):
+        d = rng.normal(0, 0.4, (S, 1)) + rng.normal(0, 1, (1, 40)) + rng.normal(0, 1, (S, 40))
+        fooled += by_utterance(d, draws=200)["p"] < 0.05
+        found += by_utterance(d + 3, draws=200)["p"] < 0.05
         naive += stats.ttest_1samp(d.mean(0), 0).pvalue < 0.05
-    assert rejected <= 30 and naive > 90  # a test over utterances alone takes a seed for an effect
+    # utterances alone take a seed for an effect; two seeds cannot prove much
+    assert 0.01 * N < fooled < 0.1 * N < 0.15 * N < naive and found > (0.5 if S == 2 else 0.9) * N
 
 
-def test_crossed_test_of_nothing():
-    assert statistics.crossed_test(np.zeros((3, 5)))["p"] == 1.0
+def test_an_interval_of_nothing():
+    same = by_utterance(np.ones((3, 5)), draws=50)
+    assert (same["low"], same["high"], same["se"]) == (1, 1, 0)
+    undefined = statistics.crossed_interval(np.array([0.1, np.nan]), np.ones((9, 2)), 9)
+    assert np.isnan([undefined[k] for k in ("difference", "low", "high", "se", "p")]).all()
+
+
+def shifted(*shifts, n=400):
+    """Rows whose errors are 1 plus a shift per seed, of one sign: an exact difference."""
+    lines = [
+        (row, s, f"u{i}", 0.0, 1.0 + x * (row != "full"))
+        for row in ("full", "w/o N1")
+        for s, x in enumerate(shifts)
+        for i in range(n)
+    ]
+    return pd.DataFrame(lines, columns=["variant", "seed", "id", "y", "y_hat"])
+
+
+def test_seeds_are_paired_and_their_spread_counts():
+    table = shifted(0.1, 0.3)
+    base = table["variant"] == "full"
+    table.loc[base & (table["seed"] == 1), "y_hat"] += 0.2  # its own luck: the row shares it
+    mae = statistics.paired_differences(table, draws=50).set_index("metric").loc["mae"]
+    assert np.isclose(mae["se"], 0, atol=1e-6) and np.isclose(mae["difference"], 0.1)
+    mae = statistics.paired_differences(shifted(0.1, 0.3), draws=50).set_index("metric").loc["mae"]
+    se = np.std([0.1, 0.3], ddof=1) / 2**0.5
+    assert np.isclose(mae["se"], se, rtol=1e-4)
+    assert np.isclose(mae["high"], 0.2 + stats.t.ppf(0.975, 1) * se, rtol=1e-3)
+
+
+def test_both_rows_are_scored_on_the_same_draws():
+    rng = np.random.default_rng(0)
+    table = predictions(n=100, seeds=(0, 1))
+    hard = dict(zip(table["id"].unique(), rng.normal(0, 2, 100), strict=True))
+    table["y_hat"] = table["y"] + table["id"].map(hard) + 0.1 * (table["variant"] != "full")
+    mae = statistics.paired_differences(table, draws=200).set_index("metric").loc["mae"]
+    assert mae["se"] < 0.02  # the difficulty of an utterance is common to both
+
+
+def test_sims_differences_are_of_clipped_predictions():
+    table = shifted(0.5, 0.7).assign(y=1.0)  # 1.0 and 1.5 are both 1 when clipped
+    mae = statistics.paired_differences(table, metrics="sims", draws=50).set_index("metric")
+    assert mae.loc["mae", "difference"] == 0 and mae.loc["mae", "high"] == 0
+
+
+def test_an_utterance_that_one_run_lacks_is_left_out():
+    table = predictions(seeds=(0, 1))
+    gap = (table["variant"] == "full") & (table["seed"] == 1) & (table["id"] == "u3")
+    pair = statistics.pair_up(table[~gap], "w/o N1")
+    assert "u3" not in pair.ids and len(pair.ids) == 59 and pair.seeds == [0, 1]
+    assert np.isfinite(pair.row).all() and np.isfinite(pair.base).all()
+
+
+def test_a_collapsed_run_does_not_improve_its_row():
+    runs = pd.DataFrame({"variant": ["a", "a"], "corr": [0.5, np.nan]})
+    assert np.isnan(statistics.summarise(runs, ["corr"]).loc["a", "corr"])
+
+
+def test_videos_come_from_the_store_or_from_the_id(make_tiny_store, monkeypatch, tmp_path):
+    monkeypatch.setattr(statistics, "corpus_path", lambda name: tmp_path / "absent")
+    assert statistics.videos_of("toy", ["a$_$1", "a$_$2", "b"]) == {
+        "a$_$1": "a", "a$_$2": "a", "b": "b"}  # fmt: skip
+    path = make_tiny_store()
+    monkeypatch.setattr(statistics, "corpus_path", lambda name: path)
+    ids = statistics.open_store(path)["test"].columns["id"]
+    found = statistics.videos_of("toy", ids)
+    assert len(set(found.values())) < len(ids) and set(found) == set(ids)
 
 
 def test_holm_by_hand():
@@ -151,6 +253,6 @@ def test_published_averages_are_fractions_and_name_no_conki():
     assert not any("conki" in name.lower() for name in table.index)
 
 
-def test_label_range_decides_the_metrics():
-    assert statistics.metric_set((-1.0, 1.0)) == "sims"
-    assert statistics.metric_set([-3.0, 3.0]) == "mosi"
+def test_the_metrics_names_tell_the_convention():
+    assert statistics.metric_set(statistics.SIMS_METRICS) == "sims"
+    assert statistics.metric_set(statistics.MOSI_METRICS) == "mosi"

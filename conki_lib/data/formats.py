@@ -12,7 +12,6 @@ import numpy as np
 from tqdm import tqdm
 
 from conki_lib.config import MODALITY_NAMES
-from conki_lib.data.aside import clear_away
 from conki_lib.data.csd import CsdFile, read_csd
 from conki_lib.data.damage import AGAIN, damaged
 from conki_lib.data.inspection import Inspection, inspect_raw, inspect_store
@@ -167,12 +166,11 @@ def convert(
         ValueError: labels outside the range, ids in two splits and the like; names the row.
     """
     destination = Path(destination)
-    scratch = destination.parent
-    scratch.mkdir(parents=True, exist_ok=True)
-    clear_away(destination)
+    scratch = next(folder for folder in destination.absolute().parents if folder.is_dir())
     if destination.exists() and any(destination.iterdir() if destination.is_dir() else [1]):
         raise FileExistsError(f"{destination} exists already: remove it, or choose another name")
     raw = read_raw(source, format=format, folds=folds, roles=roles, scratch=scratch)
+    destination.parent.mkdir(parents=True, exist_ok=True)
     if number_duplicates:
         raw.number_duplicates()
     sizes = {path: path.stat().st_size for path in raw.files}

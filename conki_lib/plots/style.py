@@ -14,10 +14,11 @@ import matplotlib.pyplot as plt
 import seaborn as sns
 from IPython.display import Image as DisplayImage
 from matplotlib.figure import Figure
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from conki_lib.config import ROOT
 from conki_lib.pairs import REPS
+from conki_lib.records import aside
 
 REP_COLORS = {
     "O_t": "#0B6B3A",
@@ -81,9 +82,12 @@ def figures_dir(profile: str) -> Path:
 
 
 def figure_producer(path: Path) -> str | None:
-    """Read which notebook wrote a PNG figure; None if it does not say."""
-    with Image.open(path) as image:
-        return image.info.get("Source")
+    """Read which notebook wrote a PNG figure; None if it does not say, or is none."""
+    try:
+        with Image.open(path) as image:
+            return image.info.get("Source")
+    except UnidentifiedImageError:
+        return None
 
 
 def compact(fig: Figure, *, dpi: int = 80, colors: int = 64) -> DisplayImage:
@@ -130,7 +134,9 @@ def save_figure(
             f"{producer!r} must choose another name, or delete the old file"
         )
     folder.mkdir(parents=True, exist_ok=True)
+    unsaid = {".png": "Software", ".svg": "Date"}
     with mpl.rc_context({"svg.hashsalt": "conki"}):
-        fig.savefig(target, metadata={"Software": None, "Source": producer})
-        fig.savefig(target.with_suffix(".svg"), metadata={"Date": None, "Source": producer})
+        for ending, field in unsaid.items():
+            with aside(target.with_suffix(ending)) as path:
+                fig.savefig(path, format=ending[1:], metadata={field: None, "Source": producer})
     return target

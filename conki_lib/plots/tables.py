@@ -88,7 +88,7 @@ def main_table(
 
 
 def difference_table(differences: pd.DataFrame, metrics: Sequence[str]) -> pd.DataFrame:
-    """Paired differences as text: ``+0.012 [-0.003, +0.027]``, with p of the MAE, corrected.
+    """Paired differences as text: ``+0.012 [-0.003, +0.027]``; after the MAE's its p, corrected.
 
     Args:
         differences: from `conki_lib.statistics.paired_differences`.
@@ -102,10 +102,16 @@ def difference_table(differences: pd.DataFrame, metrics: Sequence[str]) -> pd.Da
             k, digits = (100, 1) if is_share(m) else (1, 3)
             d, low, high = (part.loc[m, c] * k for c in ("difference", "low", "high"))
             shown = f"{d:+.{digits}f} [{low:+.{digits}f}, {high:+.{digits}f}]"
-            line[METRIC_NAMES[m]] = shown if np.isfinite(d) else ""
-        p = {"p (MAE)": part.loc["mae", "p"], "p Holm": part.loc["mae", "p_holm"]}
-        lines.append(line | {k: f"{v:.3f}" if np.isfinite(v) else "" for k, v in p.items()})
+            name_of_unit = METRIC_NAMES[m].replace("(%)", "(points)")
+            line[name_of_unit] = shown if np.isfinite(d) else ""
+            if m in SMALLER_IS_BETTER:
+                line |= {"p": _p(part.loc[m, "p"]), "p Holm": _p(part.loc[m, "p_holm"])}
+        lines.append(line)
     return pd.DataFrame(lines)
+
+
+def _p(p: float) -> str:
+    return "" if not np.isfinite(p) else "<0.001" if p < 0.001 else f"{p:.3f}"
 
 
 _LATEX = {"&": r"\&", "%": r"\%", "_": r"\_", "#": r"\#", "±": r"$\pm$"}
@@ -211,8 +217,9 @@ def difference_figure(
 ) -> Figure:
     """Draw paired differences with their intervals, one panel per metric.
 
-    Blue circles: better than the base row; red squares: worse; hollow grey: the interval holds 0,
-    or there is but one seed, of whose luck it knows nothing.
+    Blue circles: better than the base row; red squares: worse, both at p < 0.05 after Holm's
+    correction; hollow grey: not told apart from chance, as always with one seed. A row far outside
+    stands at the border, with its number.
 
     Args:
         differences: from `conki_lib.statistics.paired_differences`.
@@ -227,8 +234,12 @@ def difference_figure(
     )  # fmt: skip
     for ax, metric in zip(axes[0], metrics, strict=True):
         part = differences[differences["metric"] == metric].set_index("variant").loc[rows]
+        ends = part[["low", "high"]].abs().max(axis=1)
+        limit = min(ends.max(), 4 * ends.median()) * 1.08 * (100 if is_share(metric) else 1)
         for y, row in enumerate(part.itertuples()):
-            _draw_difference(ax, y, row, metric)
+            _draw_difference(ax, y, row, metric, limit)
+        if np.isfinite(limit) and limit > 0:
+            ax.set_xlim(-limit, limit)
         ax.axvline(0, color=INK, lw=1)
         unit = ", points" if is_share(metric) else ""
         title = METRIC_NAMES[metric].replace(" (%)", "")
@@ -238,9 +249,9 @@ def difference_figure(
     counts = differences.drop_duplicates("variant").set_index("variant")["seeds"]
     axes[0, 0].set_yticks(range(len(rows)), [f"{row}  (n = {int(counts[row])})" for row in rows])
     looks = [
-        (f"better than {base}", "o", BETTER, BETTER),
+        (f"better than {base} (Holm p < 0.05)", "o", BETTER, BETTER),
         (f"worse than {base}", "s", WORSE, WORSE),
-        ("interval holds 0, or one seed", "o", OPEN, "white"),
+        ("not told apart from chance", "o", OPEN, "white"),
     ]
     handles = [Line2D([], [], marker=marker, color=color, mfc=fill, label=label, lw=2)
                for label, marker, color, fill in looks]  # fmt: skip
@@ -248,20 +259,26 @@ def difference_figure(
     return fig
 
 
-def _draw_difference(ax: Axes, y: int, row, metric: str) -> None:
+def _draw_difference(ax: Axes, y: int, row, metric: str, limit: float) -> None:
     scale = 100 if is_share(metric) else 1
-    sure = row.seeds > 1 and (row.low > 0 or row.high < 0)
-    better = (row.difference < 0) == (metric in SMALLER_IS_BETTER)
+    sure, better = row.p_holm < 0.05, (row.difference < 0) == (metric in SMALLER_IS_BETTER)
     color = (BETTER if better else WORSE) if sure else OPEN
     marker = "s" if sure and not better else "o"
-    ax.hlines(y, row.low * scale, row.high * scale, color=color, lw=2)
-    ax.plot(row.difference * scale, y, marker, ms=7, color=color, mfc=color if sure else "white")
+    x, low, high = (value * scale for value in (row.difference, row.low, row.high))
+    if abs(x) > limit:
+        side = np.sign(x)
+        ax.annotate(f"{x:+.3g}", (side * limit, y), (0.55 * side * limit, y), fontsize=8,
+                    color=color, ha="center", va="center",
+                    arrowprops={"arrowstyle": "->", "color": color})  # fmt: skip
+        return
+    ax.hlines(y, low, high, color=color, lw=1.8)
+    ax.plot(x, y, marker, ms=4.5, color=color, mfc=color if sure else "white")
 
 
 def change_heatmap(changes: pd.DataFrame, title: str = "", xlabel: str = "") -> Figure:
-    """Draw where rows err more (red) or less (blue) than `full`; a star marks two standard errors.
+    """Draw where rows err more (red) or less (blue) than `full`; a star marks p < 0.05.
 
-    No star below two seeds or 20 utterances: such a standard error is itself not known.
+    Not corrected; no star below two seeds or 20 utterances: too few for any test.
 
     Args:
         changes: from `conki_lib.reasons.error_changes`.
@@ -269,11 +286,10 @@ def change_heatmap(changes: pd.DataFrame, title: str = "", xlabel: str = "") -> 
         xlabel: what the groups are.
     """
     rows, groups = (list(dict.fromkeys(changes[c])) for c in ("variant", "group"))
-    value = changes.pivot(index="variant", columns="group", values="change").loc[rows, groups]
-    known = (changes["seeds"] > 1) & (changes["n"] >= 20)
-    sure = changes.assign(sure=known & (changes["change"].abs() > 2 * changes["se"]))
+    value = changes.pivot(index="variant", columns="group", values="difference").loc[rows, groups]
+    sure = changes.assign(sure=(changes["p"] < 0.05) & (changes["utterances"] >= 20))
     star = sure.pivot(index="variant", columns="group", values="sure").loc[rows, groups]
-    limit = max(float(np.nanmax(np.abs(value.to_numpy()))), 1e-6)
+    limit = max(float(np.nanquantile(np.abs(value.to_numpy()), 0.9)), 1e-6)
     fig, ax = plt.subplots(figsize=(2.6 + 0.92 * len(groups), max(2.4, 1.5 + 0.34 * len(rows))))
     image = ax.imshow(value, cmap="RdBu_r", norm=TwoSlopeNorm(0, -limit, limit), aspect="auto")
     for i, j in np.ndindex(value.shape):
@@ -282,12 +298,12 @@ def change_heatmap(changes: pd.DataFrame, title: str = "", xlabel: str = "") -> 
             text = f"{x:+.2f}{'*' if star.iloc[i, j] else ''}" if abs(x) >= 0.005 else "0"
             dark = "white" if abs(x) > 0.6 * limit else INK
             ax.text(j, i, text, ha="center", va="center", fontsize=8, color=dark)
-    n = changes.drop_duplicates("group").set_index("group")["n"]
+    n = changes.drop_duplicates("group").set_index("group")["utterances"]
     ax.set_xticks(range(len(groups)), [f"{g}\nn = {n[g]}" for g in groups])
     ax.set_yticks(range(len(rows)), rows)
     ax.set(title=title, xlabel=xlabel)
     ax.grid(visible=False)
-    fig.colorbar(image, ax=ax, label="change of |error|", pad=0.02)
+    fig.colorbar(image, ax=ax, label="change of |error|", pad=0.02, extend="both")
     return fig
 
 
@@ -361,14 +377,15 @@ def _spread_labels(ax: Axes, x: pd.Series, y: pd.Series) -> None:
         height = max([float(y[model]), *(h + step for h in near)])
         taken.append((right, height))
         place = (right, height)
-        ax.annotate(model, (x[model], y[model]), place, fontsize=8, va="center",
+        ax.annotate(model, (x[model], y[model]), place, fontsize=8, va="center", zorder=5,
+                    bbox={"fc": "white", "alpha": 0.8, "lw": 0, "pad": 0.4},
                     arrowprops={"arrowstyle": "-", "color": MUTED, "lw": 0.6})  # fmt: skip
     ax.margins(x=0.2)
 
 
 # ---- the list of figures ------------------------------------------------------------------------
 
-_NO_RUN = ("01_features", "02_contrastive_pairs")
+_NO_RUN = ("01_", "02_", "07_forms", "07_padding")  # figures of corpora, formulas and toys
 
 
 def figure_index(
@@ -391,7 +408,7 @@ def figure_index(
     for path in sorted((root / "figures").glob("*/*.png")):
         notebook, profile = producer(path) or "unknown", path.parent.name
         records = f"[results/{profile}/records.jsonl](../results/{profile}/records.jsonl)"
-        runs = "none: corpora and formulas only" if notebook in _NO_RUN else records
+        runs = "none: corpora, formulas, toys" if path.stem.startswith(_NO_RUN) else records
         name = f"[{profile}/{path.stem}]({profile}/{path.name})"
         lines.append(f"| {name} | [{notebook}](../notebooks/{notebook}.ipynb) | {runs} |")
     return "\n".join(lines) + "\n"
