@@ -26,7 +26,7 @@ FLOORS = {
     "adapters": 1, "data": 1, "encoders": 1, "losses": 1, "tiles": 1,
     "config": 0, "disk": 0, "metrics": 0, "pairs": 0,
 }  # fmt: skip
-MODULE_LINES, ALL_LINES = 330, 8550  # data/ and plots/ are more than half of it
+MODULE_LINES, ALL_LINES = 330, 8620  # data/ and plots/ are more than half of it
 CONDA_NAMES = {
     "torch": "pytorch",
     "huggingface-hub": "huggingface_hub",
@@ -249,7 +249,7 @@ def test_tracked_files_are_small_and_name_no_machine():
     folders = ["wo[r]k", "ro[o]t", "U[s]ers/\\w+", "h[o]me/\\w+"]
     machine = re.compile(rf"(?<![\w.<>/*$}}])/(?:{'|'.join(folders)})/[\w.]")
     for path in tracked():
-        assert path.stat().st_size < 1_500_000, path
+        assert path.stat().st_size < 3_000_000, path
         if path.suffix not in {".png", ".parquet", ".svg"}:
             found = machine.search(path.read_text(errors="replace"))
             assert not found, f"{path}: a path of one machine: {found.group()}"

@@ -448,9 +448,7 @@ def _plain(value: Any) -> bytes:
     pickler = pickle.Pickler(buffer, protocol=3)
     pickler.fast = True
     pickler.dump(value)
-    return buffer.getvalue()[2:-1].replace(
-        b"cnumpy._core.multiarray\n", b"cnumpy.core.multiarray\n"
-    )
+    return buffer.getvalue()[2:-1].replace(b"cnumpy._core.", b"cnumpy.core.")
 
 
 def _write_array(file: BinaryIO, array: StreamedArray) -> None:
