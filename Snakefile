@@ -37,15 +37,16 @@ ROWS = pipeline.parse_rows(
     str(config.get("rows", DEFAULT_ROWS.get(PROFILE, "full,w/o C4"))), PROFILE
 )
 # the default profile and fresh=1 train; others show committed records where today's code made them
-TRAINS = PROFILE == "synthetic" or bool(config.get("fresh"))
+IS_DEFAULT = PROFILE == "synthetic"
+TRAINS = IS_DEFAULT or bool(config.get("fresh"))
 VARIANTS = {slug(row): row for row in ROWS}
 
 NOTEBOOKS = sorted(path.stem for path in (ROOT / "notebooks").glob("[0-9][0-9]_*.ipynb"))
 STAGE_1 = next((stem for stem in NOTEBOOKS if stem.startswith("03_")), "03_adapter_pretraining")
 STAGE_2 = next((stem for stem in NOTEBOOKS if stem.startswith("04_")), "04_finetuning")
 # they read no run: 01, and 02, which needs no corpus: its pictures are the default profile's
-OF_DATA = [stem for stem in NOTEBOOKS if stem < STAGE_1
-           and (PROFILE == "synthetic" or not stem.startswith("02_"))]  # fmt: skip
+OF_DATA = [stem for stem in NOTEBOOKS
+           if stem < STAGE_1 and (IS_DEFAULT or not stem.startswith("02_"))]  # fmt: skip
 OF_RUNS = [stem for stem in NOTEBOOKS if stem > STAGE_2]
 LONGEST = [stem for stem in OF_RUNS if stem.startswith("06_")]  # begins first
 THREADS = int(config.get("threads", 4))  # of a job that trains

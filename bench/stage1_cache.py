@@ -1,6 +1,6 @@
 """Stage 1 from cached hidden states against backbones that run anew in every epoch.
 
-    python bench/stage1_cache.py            # about 25 minutes on two cores, 2 GB of disk
+    python bench/stage1_cache.py            # about 25 minutes, 2 GB of disk
     python bench/stage1_cache.py --quick    # tiny sizes, nothing written
     python bench/stage1_cache.py --page     # page and figure from the committed results
 
@@ -344,7 +344,7 @@ Stage 1 trains adapters on frozen backbones, whose hidden states never change. T
 them once, and trains from a memory-mapped cache. Here one epoch of `fit`, training and validation,
 runs both ways in turns, from the same weights and seed, on `synthetic-external` or its first
 utterances; batches of 32, fp32-fast, medians of {rounds} rounds. The BERT has random weights, which
-changes no time.
+changes no time. Where other work ran beside, as the load says, read the processor time.
 
 {facts}
 

@@ -183,14 +183,30 @@ def alignment_and_uniformity(found: Representations) -> dict[str, float]:
 def linear_cka(x: Float[np.ndarray, "N d"], z: Float[np.ndarray, "N e"]) -> float:
     """Compare two representations of the same utterances: 1 if one is a rotation of the other.
 
-    Formula: |X'Z|^2 / (|X'X| |Z'Z|), columns centred, Frobenius norms.
+    Formula: HSIC(K, L) / sqrt(HSIC(K, K) HSIC(L, L)) of the Gram matrices K = XX', L = ZZ', by the
+        unbiased estimate of HSIC: 0 on average for unrelated ones, however few the utterances (but
+        four at least).
 
-    Source: centred kernel alignment, Kornblith et al. 2019.
+    Source: centred kernel alignment, Kornblith et al. 2019; HSIC, Song et al. 2012.
     """
-    x, z = (np.asarray(part, np.float64) - np.mean(part, axis=0, dtype=np.float64)
-            for part in (x, z))  # fmt: skip
-    scale = np.linalg.norm(x.T @ x) * np.linalg.norm(z.T @ z)
-    return float(np.linalg.norm(x.T @ z) ** 2 / scale) if scale else float("nan")
+    first, second = (_gram(part) for part in (x, z))
+    scale = _hsic(first, first) * _hsic(second, second)
+    return float(_hsic(first, second) / scale**0.5) if scale > 0 else float("nan")
+
+
+def _gram(x: np.ndarray) -> np.ndarray:
+    x = np.asarray(x, np.float64) - np.mean(x, axis=0, dtype=np.float64)  # against cancellation
+    gram = x @ x.T
+    np.fill_diagonal(gram, 0)
+    return gram
+
+
+def _hsic(K: np.ndarray, L: np.ndarray) -> float:
+    n = len(K)
+    if n < 4:
+        return 0.0
+    rest = K.sum() * L.sum() / ((n - 1) * (n - 2)) - 2 / (n - 2) * (K.sum(0) @ L.sum(0))
+    return ((K * L).sum() + rest) / (n * (n - 3))
 
 
 # ---- maps ---------------------------------------------------------------------------------------

@@ -34,12 +34,23 @@ def clip_means(view: SplitView, m: str) -> Float[np.ndarray, "N d_in"]:
     return np.array(means).reshape(len(view), view.store.info.widths[m])
 
 
+def word_counter(language: str = "en") -> CountVectorizer:
+    """Count words that stand in two texts or more, present or absent.
+
+    Chinese has no spaces between words: there, single characters and pairs of them are counted.
+    """
+    units: dict[str, Any] = {"token_pattern": r"(?u)\b\w[\w']*\b"}
+    if language == "zh":
+        units = {"analyzer": "char", "ngram_range": (1, 2)}
+    return CountVectorizer(
+        binary=True, min_df=2, max_features=MOST_WORDS, dtype=np.float32, **units
+    )
+
+
 def bag_of_words(
     train: Sequence[str], test: Sequence[str], *, language: str = "en"
 ) -> tuple[Float[np.ndarray, "N w"], Float[np.ndarray, "M w"]]:
-    """Which words an utterance holds, 0 or 1; the vocabulary comes from the training texts.
-
-    Chinese has no spaces between words: there, single characters and pairs of them are counted.
+    """Which words of `word_counter` an utterance holds, 0 or 1; learnt from the training texts.
 
     Args:
         train: training texts; words that stand in one of them only are left out.
@@ -49,12 +60,7 @@ def bag_of_words(
     Raises:
         ValueError: no word stands in two training texts.
     """
-    units: dict[str, Any] = {"token_pattern": r"(?u)\b\w[\w']*\b"}
-    if language == "zh":
-        units = {"analyzer": "char", "ngram_range": (1, 2)}
-    words = CountVectorizer(
-        binary=True, min_df=2, max_features=MOST_WORDS, dtype=np.float32, **units
-    )
+    words = word_counter(language)
     return words.fit_transform(train).toarray(), words.transform(test).toarray()
 
 

@@ -1,6 +1,5 @@
 """Why a component helps or does not: where errors change, gradient conflict, distant corpora."""
 
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import islice
 from typing import Any
@@ -20,7 +19,7 @@ from conki_lib.data.store import FeatureStore
 from conki_lib.embedding import MOMENTS, models_along
 from conki_lib.losses import contrastive_loss, task_loss
 from conki_lib.model import freeze_for_fine_tuning, parameter_groups
-from conki_lib.probes import bag_of_words, ridge_predict
+from conki_lib.probes import bag_of_words, ridge_predict, word_counter
 from conki_lib.records import Record
 from conki_lib.statistics import paired_differences
 
@@ -187,9 +186,9 @@ def _word_distance(target: FeatureStore, external: FeatureStore) -> list[tuple[s
     test, own, other = target["test"], target["train"], external["train"]
     texts = {name: list(view.columns["text"]) for name, view in
              (("test", test), ("own", own), ("other", other))}  # fmt: skip
-    said, known = ([w for text in texts[k] for w in re.findall(r"[\w']+", text.lower())]
-                   for k in ("test", "other"))  # fmt: skip
-    known = set(known)
+    words_of = word_counter(target.info.language).build_analyzer()
+    known = {word for text in texts["other"] for word in words_of(text)}
+    said = [word for text in texts["test"] for word in words_of(text)]
     lines = [("words known", float(np.mean([w in known for w in said])),
               "share of the target's test words that external training texts hold")]  # fmt: skip
     for name, label, view in (("own", "target", own), ("other", "external", other)):

@@ -181,7 +181,7 @@ def run_lock(folder: Path) -> FileLock:
 
 
 @contextlib.contextmanager
-def aside(path: Path) -> Iterator[Path]:
+def in_one_step(path: Path) -> Iterator[Path]:
     """A name to write to, renamed in the end: a reader sees the old file or the whole new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
@@ -194,14 +194,14 @@ def aside(path: Path) -> Iterator[Path]:
 
 def write_text(path: Path, text: str) -> Path:
     """Write a text in one step."""
-    with aside(path) as partial:
+    with in_one_step(path) as partial:
         partial.write_text(text)
     return path
 
 
 def write_table(path: Path, table: pd.DataFrame) -> Path:
     """Write a parquet file in one step."""
-    with aside(path) as partial:
+    with in_one_step(path) as partial:
         table.to_parquet(partial, index=False)
     return path
 

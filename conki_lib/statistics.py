@@ -205,10 +205,7 @@ def paired_differences(
         pair = pair_up(predictions, name, base) if name != base else None
         if pair is not None:
             lines += _differences(pair, name, metrics, clusters, draws, seed)
-    table = pd.DataFrame(lines)
-    for _, part in table.groupby("metric") if len(table) else ():
-        table.loc[part.index, "p_holm"] = holm(part["p"].to_numpy())
-    return table
+    return corrected(pd.DataFrame(lines))
 
 
 def _differences(
@@ -281,6 +278,14 @@ def crossed_interval(
     reach = float(stats.t.ppf(0.975, df)) * se
     p = 2 * float(stats.t.sf(abs(mean) / se, df)) if S > 1 else math.nan
     return {"difference": mean, "low": mean - reach, "high": mean + reach, "se": se, "p": p}
+
+
+def corrected(differences: pd.DataFrame) -> pd.DataFrame:
+    """Add p_holm: Holm's correction over all rows of a table, metric by metric."""
+    if differences.empty:
+        return differences
+    p = differences.groupby("metric")["p"]
+    return differences.assign(p_holm=p.transform(lambda p: holm(p.to_numpy())))
 
 
 def holm(p: Sequence[float] | Float[np.ndarray, " R"]) -> Float[np.ndarray, " R"]:

@@ -120,7 +120,7 @@ def test_no_shared_seed_gives_an_empty_table():
     assert len(statistics.paired_differences(predictions(rows=("full",)))) == 0
 
 
-def by_utterance(d, clusters=None, draws=4000):
+def by_utterance(d, draws=4000):
     """`crossed_interval` of a table of seeds by utterances."""
     weights = np.random.default_rng(5).multinomial(d.shape[1], [1 / d.shape[1]] * d.shape[1], draws)
     return statistics.crossed_interval(d.mean(1), weights @ d.T / d.shape[1], d.shape[1])
@@ -243,6 +243,13 @@ def test_holm_by_hand():
     corrected = statistics.holm([0.01, 0.04, np.nan, 0.03])
     assert np.allclose(corrected[[0, 1, 3]], [0.03, 0.06, 0.06]) and np.isnan(corrected[2])
     assert statistics.holm([0.6, 0.9]).max() == 1.0
+
+
+def test_correction_is_over_all_rows_metric_by_metric():
+    table = pd.DataFrame({"metric": ["mae", "corr"] * 2, "p": [0.01, 0.2, np.nan, 0.02]})
+    found = statistics.corrected(table)["p_holm"]
+    assert np.allclose(found, [0.01, 0.2, np.nan, 0.04], equal_nan=True)
+    assert statistics.corrected(pd.DataFrame()).empty
 
 
 def test_published_averages_are_fractions_and_name_no_conki():

@@ -257,6 +257,17 @@ def test_a_writer_killed_while_replacing_loses_neither_store(tmp_path, renames):
     assert (open_store(tmp_path / "toy").fingerprint == old) == (renames < 2)
 
 
+def test_convert_sees_a_store_that_a_killed_writer_had_set_aside(tmp_path):
+    from conki_lib.data import convert
+
+    old = open_store(write(tmp_path / "toy")).fingerprint
+    assert _in_process(_die_while_replacing, tmp_path / "toy", 1) == 9
+    assert not (tmp_path / "toy").exists()
+    with pytest.raises(FileExistsError, match="exists already"):
+        convert(tmp_path / "file.pkl", tmp_path / "toy")
+    assert open_store(tmp_path / "toy").fingerprint == old
+
+
 def test_a_folder_swept_before_its_lock_is_given_up(tmp_path, monkeypatch):
     lock, taken = aside.FileLock, []
 

@@ -12,6 +12,7 @@ import numpy as np
 from tqdm import tqdm
 
 from conki_lib.config import MODALITY_NAMES
+from conki_lib.data.aside import clear_away
 from conki_lib.data.csd import CsdFile, read_csd
 from conki_lib.data.damage import AGAIN, damaged
 from conki_lib.data.inspection import Inspection, inspect_raw, inspect_store
@@ -167,6 +168,7 @@ def convert(
     """
     destination = Path(destination)
     scratch = next(folder for folder in destination.absolute().parents if folder.is_dir())
+    clear_away(destination)
     if destination.exists() and any(destination.iterdir() if destination.is_dir() else [1]):
         raise FileExistsError(f"{destination} exists already: remove it, or choose another name")
     raw = read_raw(source, format=format, folds=folds, roles=roles, scratch=scratch)

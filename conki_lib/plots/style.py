@@ -18,7 +18,7 @@ from PIL import Image, UnidentifiedImageError
 
 from conki_lib.config import ROOT
 from conki_lib.pairs import REPS
-from conki_lib.records import aside
+from conki_lib.records import in_one_step
 
 REP_COLORS = {
     "O_t": "#0B6B3A",
@@ -133,10 +133,9 @@ def save_figure(
             f"{target.name} of profile {profile!r} is written by {figure_producer(target)!r}: "
             f"{producer!r} must choose another name, or delete the old file"
         )
-    folder.mkdir(parents=True, exist_ok=True)
     unsaid = {".png": "Software", ".svg": "Date"}
     with mpl.rc_context({"svg.hashsalt": "conki"}):
         for ending, field in unsaid.items():
-            with aside(target.with_suffix(ending)) as path:
+            with in_one_step(target.with_suffix(ending)) as path:
                 fig.savefig(path, format=ending[1:], metadata={field: None, "Source": producer})
     return target

@@ -102,9 +102,8 @@ def difference_table(differences: pd.DataFrame, metrics: Sequence[str]) -> pd.Da
             k, digits = (100, 1) if is_share(m) else (1, 3)
             d, low, high = (part.loc[m, c] * k for c in ("difference", "low", "high"))
             shown = f"{d:+.{digits}f} [{low:+.{digits}f}, {high:+.{digits}f}]"
-            name_of_unit = METRIC_NAMES[m].replace("(%)", "(points)")
-            line[name_of_unit] = shown if np.isfinite(d) else ""
-            if m in SMALLER_IS_BETTER:
+            line[METRIC_NAMES[m].replace("(%)", "(points)")] = shown if np.isfinite(d) else ""
+            if m == "mae":
                 line |= {"p": _p(part.loc[m, "p"]), "p Holm": _p(part.loc[m, "p_holm"])}
         lines.append(line)
     return pd.DataFrame(lines)
