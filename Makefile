@@ -44,7 +44,7 @@ notebooks: setup  ## re-execute the committed notebooks on the default profile a
 	set -e; for path in notebooks/[0-9]*.ipynb; do $(CONKI) run $$path -o $$path; done
 
 test: setup  ## all tests
-	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -q -n $(CORES) --dist loadgroup $(TESTS)
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -q -n $(CORES) $(TESTS)
 
 lab: setup  ## JupyterLab on the notebooks
 	$(VENV)/bin/jupyter lab notebooks

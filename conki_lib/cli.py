@@ -109,8 +109,9 @@ def merge(
     state: Annotated[bool, typer.Option("--state", help="print a hash of what is there")] = False,
 ) -> None:
     """Collect finished runs into results/<profile>/."""
-    from conki_lib import pipeline, records
+    from conki_lib import config, pipeline, records
 
+    config.read_profile(profile)
     path = records.merge(profile)
     typer.echo(pipeline.state(profile) if state else path)
 

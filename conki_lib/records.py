@@ -28,7 +28,7 @@ from typing import Any
 import pandas as pd
 from filelock import FileLock
 
-from conki_lib.config import ROOT, RunConfig, read_profile
+from conki_lib.config import ROOT, RunConfig
 
 RESULT_MODULES = (
     "config", "pairs", "losses", "tiles", "metrics", "encoders", "adapters", "model", "baselines",
@@ -257,11 +257,7 @@ def merge(profile: str) -> Path:
 
     Returns:
         The path of ``records.jsonl``.
-
-    Raises:
-        FileNotFoundError: no such profile.
     """
-    read_profile(profile)
     target = results_dir(profile)
     runs = runs_dir(profile)  # without any run there is nothing to lock
     with FileLock(runs / "merge.lock") if runs.is_dir() else contextlib.nullcontext():
