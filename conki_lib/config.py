@@ -7,7 +7,7 @@
 import difflib
 import os
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
@@ -358,24 +358,6 @@ class RunConfig(_Group):
 def setting_names() -> tuple[str, ...]:
     """All flat names that `RunConfig` takes, labels first."""
     return _LABELS + tuple(_FLAT)
-
-
-def setting_help() -> list[dict[str, Any]]:
-    """One row per setting: name, group, type, default, meaning; the source of generated tables."""
-    rows = []
-    for name, (group, field) in _FLAT.items():
-        info = _GROUPS[group][0].model_fields[field]
-        kind = get_args(info.annotation) or getattr(info.annotation, "__name__", info.annotation)
-        rows.append(
-            {
-                "setting": name,
-                "group": group,
-                "type": str(kind),
-                "default": info.default,
-                "meaning": info.description or "",
-            }
-        )
-    return rows
 
 
 def read_profile(profile: str) -> dict[str, Any]:

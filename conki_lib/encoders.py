@@ -54,6 +54,14 @@ def _verified(name: str, folder: Path) -> Path:
     return folder
 
 
+def backbone_fingerprint(name: str) -> str:
+    """SHA-256 over the weights of a text backbone: a folder's content may change under its name."""
+    digest = hashlib.sha256()
+    for path in sorted(resolve_backbone(name).glob("model*.safetensors")):
+        digest.update(_sha256(path, (s := path.stat()).st_size, s.st_mtime_ns).encode())
+    return digest.hexdigest()
+
+
 def _from_cache(name: str) -> Path | None:
     """Look into the local Hugging Face cache; no network."""
     from huggingface_hub import try_to_load_from_cache

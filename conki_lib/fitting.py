@@ -115,8 +115,7 @@ def fit(job: Job) -> tuple[int, list[dict]]:
         DiskError: a checkpoint cannot be written; what was complete is kept.
     """
     plan, runtime = job.plan, job.runtime
-    kwargs = DistributedDataParallelKwargs(find_unused_parameters=True)
-    accelerator = Accelerator(cpu=runtime.device == "cpu", kwargs_handlers=[kwargs])
+    accelerator = make_accelerator(runtime)
     set_seed(runtime.seed, device_specific=True)
     job.model.checkpoint_activations = runtime.checkpoint_activations
     optimizer = make_optimizer(job.model, plan)
@@ -147,6 +146,23 @@ def fit(job: Job) -> tuple[int, list[dict]]:
     accelerator.wait_for_everyone()
     job.model.load_state_dict(load_file(job.folder / "model.safetensors"))
     return _best_epoch(history), history
+
+
+def make_accelerator(runtime: RuntimeConfig) -> Accelerator:
+    """What knows the device and the other processes; the same for everything that a run does.
+
+    Raises:
+        ValueError: a GPU is asked for, and there is none.
+    """
+    if runtime.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device is cuda, but PyTorch finds no GPU: set device to auto or cpu")
+    kwargs = DistributedDataParallelKwargs(find_unused_parameters=True)
+    return Accelerator(cpu=runtime.device == "cpu", kwargs_handlers=[kwargs])
+
+
+def device_name(device: torch.device) -> str:
+    """A device as records name it: ``"cpu"``, or the GPU's own name."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
 def _best_epoch(history: list[dict]) -> int:
@@ -311,15 +327,15 @@ def is_main() -> bool:
 
 
 @contextlib.contextmanager
-def precision(name: str) -> Iterator[None]:
-    """Set how matrix products are computed, and put it back after.
+def precision(name: str, device: torch.device | str = "cpu") -> Iterator[None]:
+    """Set how matrix products are computed on a device, and put it back after.
 
     fp32: full single precision. fp32-fast: oneDNN on a CPU (checked: still single precision),
     TF32 on a GPU. bf16: autocast to bfloat16; losses and norms stay in fp32. On a CPU attention is
     then the plain one: the fused one is far slower on its way back through short sequences.
     """
     before = torch.get_float32_matmul_precision()
-    gpu = torch.cuda.is_available()
+    gpu = torch.device(device).type == "cuda"
     torch.set_float32_matmul_precision({"fp32": "highest"}.get(name, "high" if gpu else "medium"))
     if name == "fp32-fast" and not gpu and _product_error() > 1e-5:
         torch.set_float32_matmul_precision("highest")  # this CPU would really round to bfloat16
@@ -346,7 +362,7 @@ def _product_error() -> float:
 
 def headless() -> bool:
     """Is a strict papermill run asking for one line per epoch in place of bars?"""
-    return bool(os.environ.get("CONKI_HEADLESS"))
+    return os.environ.get("CONKI_HEADLESS", "0") not in ("", "0")
 
 
 def _bar(loader: DataLoader, title: str) -> Iterable[Batch]:

@@ -7,10 +7,14 @@ sums over its pairs, D_u = sum of E over All_u, T_u = sum of s over P_u, n_u = |
     L       = sum_u w_u [log D_u - T_u / n_u]
     dL/dz_p = 1/tau sum_q W_pq z_q,   W_pq = E_pq (a_p + a_q) - [(p,q) in P] (b_p + b_q)
 
-with a = w / D and b = w / n of the row's unit; a_p counts if (p,q) is in All, a_q if (q,p) is. b is
-the same for all rows of one kind and class, so that b_p + b_q = 2 b_p. s is symmetric: one tile
-serves its rows and its columns. That makes R^2 d operations for the sums, R^2 d to have E again
-(unless it is kept), 2 R^2 d for the gradient.
+with a = w / D and b = w / n of the row's unit; a_p counts if (p,q) is in All, a_q if (q,p) is. s is
+symmetric: one tile serves its rows and its columns. That makes R^2 d operations for D, R^2 d to
+have E again (unless it is kept), 2 R^2 d for the gradient.
+
+The positives need no pairs. With S_p = sum of z_q over the positives q of p, a difference of sums
+over groups of rows (`_groups`), T_u is the sum of z_p S_p / tau over the rows of u; and since b is
+the same for all rows of one kind and class, b_p + b_q = 2 b_p, their part of the gradient is
+-2 b_p S_p / tau.
 """
 
 import math
@@ -22,17 +26,17 @@ import torch.distributed as dist
 from jaxtyping import Float
 from torch import Tensor
 
-from conki_lib.pairs import Rows, relate, rows_of
+from conki_lib.pairs import relate, rows_of
 
 TILE = 768  # rows of a tile, at most
 FP32_REACH = 70.0  # up to exp(+-70) E and its sums are normal fp32 numbers; beyond, E is float64
 
 
 class Block(NamedTuple):
-    """Consecutive rows, all O or all A."""
+    """Consecutive rows."""
 
     part: slice
-    pan: bool  # O rows
+    pan: bool | None  # all O, or all A; None: mixed, where All holds every pair but (p, p)
     own: bool  # of this process
 
 
@@ -64,7 +68,7 @@ class TiledLoss(torch.autograd.Function):
 
 
 class ClosedForm:
-    """One batch, its rows ordered: own O, own A, then O and A of the other processes.
+    """One batch, its rows ordered: own ones first; O before A, where All tells them apart.
 
     Source: section 4.
     Differs: nothing; the sums of `contrastive_loss` in another order.
@@ -85,20 +89,25 @@ class ClosedForm:
         flat, self.shape, self.own = reps.detach().flatten(0, 1), reps.shape, reps[..., 0].numel()
         if gather:
             flat, y = torch.cat([flat, others(flat)]), torch.cat([y, others(y)])
-        rows = rows_of(y, names)
-        self.order = (2 * (rows.row >= self.own) + ~rows.pan).sort(stable=True).indices
-        self.rows, self.z = rows.at(self.order), flat.index_select(0, self.order)
-        self.length = torch.cat([lengths(part) for part in self.z.split(TILE)])
-        self.z /= self.length
         self.tau, self.form, self.n1, self.without, self.gather = tau, form, n1, without, gather
+        self.mixed = n1 == "symmetric" and not without
+        self.rows, self.order = rows_of(y, names), None
+        if not self.mixed:
+            foreign = self.rows.row >= self.own
+            self.order = (2 * foreign + ~self.rows.pan).sort(stable=True).indices
+            self.rows, flat = self.rows.at(self.order), flat[self.order]
+        self.length = torch.cat([lengths(part) for part in flat.split(TILE)])
+        self.z = flat / self.length if self.mixed else flat.div_(self.length)
         self.wide = torch.float64 if 1 / tau > FP32_REACH else self.z.dtype
         self.plan = list(self._plan(list(self._blocks(names, len(y)))))
+        self.groups = list(self._groups())
 
     def _blocks(self, names: Sequence[str], n_samples: int) -> Iterator[Block]:
         """Cut the ordered rows into blocks of at most `TILE` rows."""
         n_pan, stop = sum(name.startswith("O") for name in names), 0
+        kinds = [(True, n_pan), (False, len(names) - n_pan)]
         for own, n in ((True, self.shape[0]), (False, n_samples - self.shape[0])):
-            for pan, k in ((True, n_pan), (False, len(names) - n_pan)):
+            for pan, k in [(None, len(names))] if self.mixed else kinds:
                 start, stop = stop, stop + n * k
                 for first in range(start, stop, TILE):
                     yield Block(slice(first, min(first + TILE, stop)), pan, own)
@@ -113,32 +122,47 @@ class ClosedForm:
                     both = self.n1 == "symmetric"
                     yield Tile(p, q, both or p.pan, both or q.pan, q.own)
 
+    def _groups(self) -> Iterator[tuple[int, Tensor, Tensor]]:
+        """Write P1 u P2 as groups of rows of one kind, added or taken away, but for the row itself.
+
+        P1 is what lies between a row and its sample, P2 between its sample and its class.
+
+        Returns:
+            Of each grouping its sign, the group of every row, and the groups' signed sums of z.
+        """
+        P1, P2 = "P1" not in self.without, "P2" not in self.without
+        if P2:
+            labels, label = self.rows.label.unique(return_inverse=True)
+            yield self._grouped(1, label, len(labels))
+        if P1 != P2:
+            yield self._grouped(1 if P1 else -1, self.rows.sample, len(self.z) // self.shape[1])
+
+    def _grouped(self, sign: int, of: Tensor, n: int) -> tuple[int, Tensor, Tensor]:
+        group, sums = 2 * of + self.rows.pan, self.z.new_zeros(2 * n, self.z.shape[1])
+        return sign, group, sums.index_add_(0, group, self.z, alpha=sign)
+
+    def pull(self, part: slice) -> Tensor:
+        """Add up the unit vectors of the positives of some rows; P1 brings the row itself in."""
+        (_, group, sums), *more = self.groups
+        total = sums.index_select(0, group[part])
+        for _, group, sums in more:
+            total += sums.index_select(0, group[part])
+        return total
+
     def scores(self, t: Tile) -> Tensor:
         """Compute a tile of s = log f."""
         cosine = self.z[t.p.part] @ self.z[t.q.part].T
         return cosine.to(self.wide).div_(self.tau)
 
-    def similarities(self, t: Tile, scores: Tensor) -> Tensor:
-        """Turn scores into E in place, 0 where no pair is."""
-        e = scores.exp_()
+    def similarities(self, t: Tile) -> Tensor:
+        """Compute a tile of E, 0 where no pair is."""
+        e = self.scores(t).exp_()
         if t.p.pan == t.q.pan and self.without:
-            e *= relate(*self._rows(t), without=self.without).all
+            p, q = self.rows.at(t.p.part), self.rows.at(t.q.part)
+            e *= relate(p, q, without=self.without).all
         elif t.p is t.q:
             e.fill_diagonal_(0)  # to subtract exp(1 / tau) later would cancel the small terms
         return e
-
-    def positives(self, t: Tile) -> Tensor | None:
-        """Mask P1 u P2 in a tile of one kind; a tile of O against A has none."""
-        if t.p.pan != t.q.pan:
-            return None
-        p, q = self._rows(t)
-        if self.without:
-            return relate(p, q, without=self.without).positive
-        same_class = p.label[:, None] == q.label
-        return same_class.fill_diagonal_(False) if t.p is t.q else same_class
-
-    def _rows(self, t: Tile) -> tuple[Rows, Rows]:
-        return self.rows.at(t.p.part), self.rows.at(t.q.part)
 
     def bytes_of_similarities(self) -> int:
         """Say what keeping the tiles of E takes."""
@@ -152,31 +176,38 @@ class ClosedForm:
             keep: hold E between the two passes: R^2 / 2 numbers more, a quarter less work.
             slope: compute the gradient, which uses z up; else return None for it.
         """
-        sums, kept = self.row_sums(keep)
-        loss, a, b = self.pool(sums)
+        D, kept = self.denominators(keep)
+        loss, a, b = self.pool(torch.stack([D, *self.positives()]))
         return loss.to(self.z.dtype), self.gradient(a, b, kept) if slope else None
 
-    def row_sums(self, keep: bool) -> tuple[Tensor, list[Tensor | None]]:
-        """Compute D, T and n of the own rows; hand on the tiles of E, or None in their places."""
-        sums = self.z.new_zeros(3, self.own, dtype=torch.float64)
-        return sums, [self._sum(t, sums, keep) for t in self.plan]
+    def denominators(self, keep: bool) -> tuple[Tensor, list[Tensor | None]]:
+        """Compute D of the own rows; hand on the tiles of E, or None in their places."""
+        D = self.z.new_zeros(self.own, dtype=torch.float64)
+        return D, [self._add(t, D, keep) for t in self.plan]
 
-    def _sum(self, t: Tile, sums: Tensor, keep: bool) -> Tensor | None:
-        """Add a tile to D, T and n."""
-        (D, T, n), scores, positive = sums, self.scores(t), self.positives(t)
-        if positive is not None:
-            self._add(t, T, scores * positive)
-            self._add(t, n, positive)
-        e = self.similarities(t, scores)
-        self._add(t, D, e)
+    def _add(self, t: Tile, D: Tensor, keep: bool) -> Tensor | None:
+        """Add a tile of E to D of its rows, and of its columns if it serves them."""
+        e = self.similarities(t)
+        if t.down:
+            D[t.p.part] += e.sum(1)
+        if t.up and t.mirror:
+            D[t.q.part] += e.sum(0)
         return e if keep else None
 
-    def _add(self, t: Tile, sums: Tensor, tile: Tensor) -> None:
-        """Add a tile's entries to the sums of its rows, and of its columns if it serves them."""
-        if t.down:
-            sums[t.p.part] += tile.sum(1)
-        if t.up and t.mirror:
-            sums[t.q.part] += tile.sum(0)
+    def positives(self) -> tuple[Tensor, Tensor]:
+        """Compute T and n of the own rows."""
+        T, n = self.z.new_zeros(2, self.own, dtype=torch.float64)
+        for part in self._own_parts() if self.groups else ():
+            T[part] = torch.linalg.vecdot(self.z[part], self.pull(part))
+        for sign, group, _ in self.groups:
+            n += sign * group.bincount()[group[: self.own]]
+        if "P1" not in self.without:  # less the row itself, whose length is 1, or 0
+            T -= self.length[: self.own, 0].isfinite().double()
+            n -= 1
+        return T / self.tau, n
+
+    def _own_parts(self) -> list[slice]:
+        return [slice(i, min(i + TILE, self.own)) for i in range(0, self.own, TILE)]
 
     def pool(self, sums: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Add up the sums of units; return the loss, and a and b of the rows."""
@@ -189,8 +220,8 @@ class ClosedForm:
         loss = self._total((D.log() - T / n).where(has, 0).sum() / count)
         a, b = (1 / torch.stack([D, n])).where(has, 0)[:, unit] / count
         if self.gather:
-            by_row = torch.empty_like(a).index_copy_(0, self.order[:own], a)
-            a = torch.cat([a, others(by_row)[self.order[own:] - own]])
+            foreign = others(self._as_given(a))
+            a = torch.cat([a, foreign if self.mixed else foreign[self.order[own:] - own]])
         return loss, a.to(self.wide), b.to(self.z.dtype)
 
     def _total(self, x: Tensor) -> Tensor:
@@ -202,19 +233,17 @@ class ClosedForm:
     def gradient(self, a: Tensor, b: Tensor, kept: list[Tensor | None]) -> Tensor:
         """Compute the products W z, and go back from z to the representations."""
         dz = torch.zeros_like(self.z[: self.own])
+        for part in self._own_parts() if self.groups else ():
+            dz[part] = self.pull(part).mul_(-2 * b[part, None])  # what z_p adds, its length takes
         kept.reverse()  # to let go of each tile after its use
         for t in self.plan:
-            self._push(t, dz, self._weights(t, a, b, kept.pop()))
+            self._push(t, dz, self._weights(t, a, kept.pop()))
         return self._through_length(dz)
 
-    def _weights(self, t: Tile, a: Tensor, b: Tensor, e: Tensor | None) -> Tensor:
-        """Compute a tile of W, in the memory of E."""
-        e = self.similarities(t, self.scores(t)) if e is None else e
-        weights = e.mul_(a[t.p.part, None] * t.down + a[t.q.part] * t.up).to(self.z.dtype)
-        positive = self.positives(t)
-        if positive is not None:
-            weights -= positive * (2 * b[t.p.part, None])
-        return weights
+    def _weights(self, t: Tile, a: Tensor, e: Tensor | None) -> Tensor:
+        """Compute a tile of the first term of W, in the memory of E."""
+        e = self.similarities(t) if e is None else e
+        return e.mul_(a[t.p.part, None] * t.down + a[t.q.part] * t.up).to(self.z.dtype)
 
     def _push(self, t: Tile, dz: Tensor, weights: Tensor) -> None:
         """Let each pair of a tile pull or push its rows."""
@@ -226,13 +255,19 @@ class ClosedForm:
         """Turn the gradient by z into that by x = ||x|| z, in the order and shape of `reps`."""
         own = (dz, self.z[: self.own], self.length[: self.own])
         for g, z, length in zip(*(x.split(TILE) for x in own), strict=True):
-            g.addcmul_((g * z).sum(1, keepdim=True), z, value=-1)
+            g.addcmul_(torch.linalg.vecdot(g, z)[:, None], z, value=-1)
             g /= self.tau * length
-        gradient = self.z[: self.own]  # z itself is not needed any more, its memory is
-        gradient.index_copy_(0, self.order[: self.own], dz)
         if self.gather:
-            gradient = gradient * dist.get_world_size()  # DDP will divide by it
-        return gradient.view(self.shape)
+            dz *= dist.get_world_size()  # DDP will divide by it
+        # z itself is not needed any more, its memory is
+        return self._as_given(dz, out=self.z[: self.own]).view(self.shape)
+
+    def _as_given(self, x: Tensor, out: Tensor | None = None) -> Tensor:
+        """Put entries of the own rows in the order of `reps`."""
+        if self.mixed:
+            return x
+        out = torch.empty_like(x) if out is None else out
+        return out.index_copy_(0, self.order[: self.own], x)
 
 
 def lengths(x: Float[Tensor, "*rows d"]) -> Float[Tensor, "*rows 1"]:

@@ -13,7 +13,6 @@ from pathlib import Path
 
 import pandas as pd
 import torch
-from accelerate import Accelerator
 from accelerate.utils import set_seed
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -22,8 +21,17 @@ from torch.utils.data import DataLoader
 from conki_lib import records
 from conki_lib.config import ContrastConfig, RunConfig, StageConfig
 from conki_lib.data import FeatureStore, corpus_path, make_loader, open_store, tokenise
-from conki_lib.encoders import load_tokenizer
-from conki_lib.fitting import Job, fit, is_main, measure, precision, remove_checkpoints
+from conki_lib.encoders import backbone_fingerprint, load_tokenizer
+from conki_lib.fitting import (
+    Job,
+    device_name,
+    fit,
+    is_main,
+    make_accelerator,
+    measure,
+    precision,
+    remove_checkpoints,
+)
 from conki_lib.losses import contrastive_loss, task_loss
 from conki_lib.model import (
     Output,
@@ -119,14 +127,18 @@ def shared_modalities(config: RunConfig, external: FeatureStore) -> tuple[str, .
 
 
 def _run_or_load(config: RunConfig, stage: int, stores: dict, train: Callable) -> Record:
+    accelerator = make_accelerator(config.runtime)
     data = {name: store.fingerprint for name, store in stores.items()}
+    if "t" in config.model.modalities:
+        data[config.model.text_backbone] = backbone_fingerprint(config.model.text_backbone)
     folder = records.run_folder(config, stage, data)
     with records.run_lock(folder) if is_main() else contextlib.nullcontext():
+        accelerator.wait_for_everyone()  # the others go on once the main process holds the lock
         record = records.load_run(folder)
         if record is None:
             folder.mkdir(parents=True, exist_ok=True)
             started = time.perf_counter()
-            with precision(config.runtime.precision):
+            with precision(config.runtime.precision, accelerator.device):
                 record = train(config, stores, folder, data)
             record.provenance["seconds"] = round(time.perf_counter() - started, 1)
             if is_main():
@@ -146,7 +158,7 @@ def _stage1(config: RunConfig, stores: dict, folder: Path, data: dict[str, str])
     pan = config.model.pan and (config.stage1.pan or config.stage1.train == "all")
     used = config.replace(modalities=shared, pan=pan)
     set_seed(config.runtime.seed)
-    model = build_model(used.model)
+    model = build_model(used.model).to(make_accelerator(config.runtime).device)
     freeze_for_injection(model, train=config.stage1.train)
     loaders = make_loaders(used, external, used.stage1, splits=("train", "valid"))
     readers = {}
@@ -223,10 +235,11 @@ def _state_readers(model: nn.Module, config: RunConfig, store: FeatureStore, loa
 
 
 def _record(config, used, stage, folder, data, metrics, best, history) -> Record:
+    accelerator = make_accelerator(config.runtime)
     extra = {
         "finished": time.strftime("%Y-%m-%dT%H:%M:%S"),
-        "device": str(Accelerator().device),
-        "processes": Accelerator().num_processes,
+        "device": device_name(accelerator.device),
+        "processes": accelerator.num_processes,
         "threads": torch.get_num_threads(),
         "precision": config.runtime.precision,
         "epoch_seconds": [round(h.pop("seconds"), 2) for h in history],

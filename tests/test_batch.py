@@ -102,6 +102,18 @@ def test_order_is_a_function_of_seed_and_epoch(split):
     assert order(0, 3, num_workers=2) == first
 
 
+def test_processes_share_every_batch_or_hear_why_not(split):
+    def batches(rank, world):
+        loader = make_loader(split, modalities="v", batch_size=4, shuffle=True)
+        loader.batch_sampler.share = (rank, world)
+        return list(loader.batch_sampler)
+
+    together = [a + b for a, b in zip(batches(0, 2), batches(1, 2), strict=True)]
+    assert [sorted(b) for b in together] == [sorted(b) for b in batches(0, 1)]
+    with pytest.raises(ValueError, match="cannot be shared by 5 processes: raise batch_size"):
+        batches(4, 5)
+
+
 def test_buckets_save_padding_and_keep_everyone(split):
     def padding(**options):
         loader = make_loader(split, modalities="v", batch_size=4, **options)

@@ -100,7 +100,8 @@ class BucketSampler(Sampler[list[int]]):
 
     Attributes:
         share: (rank, number of processes); a process gets every so-manyth utterance of each batch,
-            so that the processes' batches together are what one process alone would get.
+            so that the processes' batches together are what one process alone would get. A batch
+            with less than one utterance per process is a `ValueError`.
     """
 
     share = (0, 1)
@@ -123,7 +124,13 @@ class BucketSampler(Sampler[list[int]]):
 
     def __iter__(self) -> Iterator[list[int]]:
         rank, world = self.share
-        yield from (batch[rank::world].tolist() for batch in self._batches())
+        for batch in self._batches():
+            if len(batch) < world:
+                raise ValueError(
+                    f"a batch of {len(batch)} utterances cannot be shared by {world} processes: "
+                    "raise batch_size, or start fewer processes"
+                )
+            yield batch[rank::world].tolist()
 
     def _batches(self) -> list[Int[np.ndarray, " _"]]:
         n, count = len(self.lengths), len(self)
