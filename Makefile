@@ -9,7 +9,7 @@ STAMP := $(VENV)/.installed
 CONKI := $(VENV)/bin/conki
 # one word list of Snakemake settings; empty ones are left to the Snakefile
 OPTIONS = --profile $(PROFILE) --cores $(CORES) $(if $(ROWS),--rows "$(ROWS)") \
-	$(if $(SEEDS),--seeds "$(SEEDS)") $(if $(FRESH),--fresh)
+	$(if $(SEEDS),--seeds "$(SEEDS)") $(if $(FOLDS),--folds "$(FOLDS)") $(if $(FRESH),--fresh)
 
 .PHONY: help setup reproduce ablation notebooks test lab bench
 .DEFAULT_GOAL := help
@@ -35,7 +35,7 @@ reproduce: setup  ## stage 1, full and w/o C4, all notebooks  [PROFILE= CORES= F
 	$(CONKI) pipeline $(OPTIONS)
 	@$(CONKI) results $(PROFILE)
 
-ablation: setup  ## rows of the tables  [PROFILE= ROWS="full,w/o N1" SEEDS=3 CORES=]
+ablation: setup  ## rows of the tables  [PROFILE= ROWS="full,w/o N1" SEEDS=3 FOLDS= CORES=]
 	$(CONKI) pipeline $(OPTIONS) $(if $(ROWS),,--rows all)
 	@$(CONKI) results $(PROFILE)
 

@@ -24,20 +24,14 @@ from conki_lib.config import ROOT, RunConfig
 from conki_lib.records import runs_dir, slug
 
 os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # of `conki`
-PROFILE = str(config.get("profile", "synthetic"))
+PROFILE = str(config.get("profile", RunConfig().profile))
 CONKI = str(config.get("conki", "conki"))  # what every job calls; `true` does nothing, at once
 BASE = RunConfig.from_profile(PROFILE)
-FOLDS = str(config.get("folds", BASE.data.fold)).split(",")
+FOLDS = [fold.strip() for fold in str(config.get("folds", BASE.data.fold)).split(",")]
 SEEDS = pipeline.parse_seeds(str(config.get("seeds", 1)))
-# trained by default; other rows of the tables come from committed records, or are marked missing
-DEFAULT_ROWS = {
-    "mosi-open": "full,w/o C4,text-only",  # text carries nearly everything: always beside it
-}
-ROWS = pipeline.parse_rows(
-    str(config.get("rows", DEFAULT_ROWS.get(PROFILE, "full,w/o C4"))), PROFILE
-)
+ROWS = pipeline.parse_rows(str(config.get("rows", "")), PROFILE)
 # the default profile and fresh=1 train; others show committed records where today's code made them
-IS_DEFAULT = PROFILE == "synthetic"
+IS_DEFAULT = PROFILE == RunConfig().profile
 TRAINS = IS_DEFAULT or bool(config.get("fresh"))
 VARIANTS = {slug(row): row for row in ROWS}
 

@@ -391,10 +391,10 @@ def main() -> None:
     """Run everything and write the page."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--jobs", type=int, default=JOBS)
-    parser.add_argument("--redraw", action="store_true", help="the page from the results")
+    parser.add_argument("--page", action="store_true", help="the page from the results")
     given = parser.parse_args()
     results, docs = HERE / "results/bench/cluster.json", HERE / "docs/benchmarks/cluster.md"
-    result = json.loads(results.read_text()) if given.redraw else run(given.jobs)
+    result = json.loads(results.read_text()) if given.page else run(given.jobs)
     if given.jobs >= JOBS:
         for path, text in ((results, json.dumps(result, indent=1) + "\n"), (docs, page(result))):
             path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,12 +1,16 @@
 """Time and memory of the contrastive loss, forward and backward: alternatives and limits.
 
-    python bench/contrastive_loss.py            # the whole sweep: about half an hour on two cores
+    python bench/contrastive_loss.py            # about ten minutes on two cores, one on a GPU
     python bench/contrastive_loss.py --quick    # a minute, nothing written
+    python bench/contrastive_loss.py --page     # pages and figures from the committed results
 
 All variants of a batch size take turns in one process, with one precision of matrix products, so
 that a busy machine slows all of them alike: read the ratios, by the clock where the machine was
 idle, else of processor time with --threads 1. Memory is the peak beyond the input, each in a
 process of its own. Writes results/bench/contrastive_loss.{json,csv} and docs/benchmarks/.
+
+Uses a GPU where there is one; then the results' names end in `_cuda`, only the clock counts, memory
+is that of PyTorch's allocator, and two variants more take part (EXTRA).
 """
 
 import argparse
@@ -20,8 +24,11 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
+from unittest import mock
 
 import matplotlib.pyplot as plt
 import pandas as pd
@@ -29,22 +36,59 @@ import psutil
 import torch
 from torch import Tensor
 
+from conki_lib import tiles
 from conki_lib.config import ROOT
 from conki_lib.losses import contrastive_loss, dense_loss, log_f
 from conki_lib.pairs import REPS, rows_of
 from conki_lib.plots.style import INK, MUTED, save_figure, use_style
 
 D_MODEL, TAU = 768, 0.07
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+GPU = DEVICE.type == "cuda"
 RESULTS, DOCS = ROOT / "results/bench", ROOT / "docs/benchmarks"
 CLEAR = Path("/proc/self/clear_refs")
-TIMED = {32: 60, 128: 20, 512: 7, 1024: 5}  # batch size -> rounds
-MEASURED = {
-    "supcon": (128, 512, 1024, 2048),
-    "dense": (128, 512, 1024, 2048),
-    "auto": (128, 512, 1024, 2048, 4096),
-    "tiled": (128, 512, 1024, 2048, 4096, 8192, 16384),
-}
-LARGEST = {"loop": 128, "lists": 512}  # beyond this, minutes
+EXTRA = ("compiled", "retiled")  # variants that a CPU leaves out unless asked for
+SLOW = ("loop", "lists")  # variants that take their turn in a few rounds only
+OTHER_TILE = tiles.TILE if GPU else tiles.GPU_TILE  # the tile that suits the other device
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a sweep does."""
+
+    rounds: dict[int, int]  # by batch size
+    measured: dict[str, tuple[int, ...]]  # batch sizes by variant
+    largest: dict[str, int]  # batch sizes; beyond, minutes or all memory
+    few: int  # rounds of slow variants
+
+
+FULL = Plan(
+    rounds={32: 60, 128: 20, 512: 7, 1024: 5},
+    measured={
+        "supcon": (128, 512, 1024, 2048),
+        "dense": (128, 512, 1024, 2048),
+        "auto": (128, 512, 1024, 2048, 4096),
+        "tiled": (128, 512, 1024, 2048, 4096, 8192, 16384),
+        "compiled": (128, 512, 1024),
+        "retiled": (128, 512, 1024, 2048, 4096),
+    },
+    largest={"loop": 128, "lists": 512},
+    few=4,
+)
+FULL_GPU = Plan(
+    rounds={32: 60, 128: 40, 512: 20, 1024: 20, 4096: 5},
+    measured={
+        "supcon": (128, 512, 1024, 2048),
+        "dense": (128, 512, 1024, 2048, 4096),
+        "auto": (128, 512, 1024, 2048, 4096),
+        "tiled": (128, 512, 1024, 2048, 4096, 8192, 16384, 32768),
+        "compiled": (128, 512, 1024, 4096),
+        "retiled": (128, 512, 1024, 2048, 4096, 8192, 16384, 32768),
+    },
+    largest={"loop": 128, "lists": 128, "supcon": 1024},
+    few=2,
+)
+QUICK = Plan({32: 9, 128: 5}, {name: (64, 128) for name in FULL.measured}, FULL.largest, 2)
 STYLES = {
     "loop": ("Python loop over the mask's entries", "#B07D2B", "v-"),
     "lists": ("Python loop over lists", "#E3C16F", "v-"),
@@ -52,17 +96,19 @@ STYLES = {
     "dense": ("dense: autograd with masks", "#F08A5D", "s-"),
     "tiled": ("tiled", "#2166AC", "o-"),
     "auto": ("auto", "#0B6B3A", "D-"),
+    "retiled": ("tiled, the other device's tiles", "#92C5DE", "o--"),
+    "compiled": ("dense by torch.compile", "#7B3294", "s--"),
     "limit 4": ("limit of tiled: bare products, 4 R²d", MUTED, ":"),
     "limit 3": ("limit of auto: bare products, 3 R²d, and exp", INK, ":"),
 }
 
 
 def batch(B: int, kind: str = "random") -> tuple[Tensor, Tensor]:
-    """B samples of six representations, and labels of seven classes."""
-    g = torch.Generator().manual_seed(B)
-    reps = torch.empty(B, len(REPS), D_MODEL).normal_(generator=g)
-    y = torch.randint(-3, 4, (B,), generator=g)
-    centres = torch.randn(7, D_MODEL, generator=g)
+    """B samples of six representations, and labels of seven classes, on the device."""
+    g = torch.Generator(DEVICE).manual_seed(B)
+    reps = torch.empty(B, len(REPS), D_MODEL, device=DEVICE).normal_(generator=g)
+    y = torch.randint(-3, 4, (B,), generator=g, device=DEVICE)
+    centres = torch.randn(7, D_MODEL, generator=g, device=DEVICE)
     if kind == "clustered":
         reps += centres[y + 3, None]
     if kind == "collapsed":
@@ -95,11 +141,34 @@ def by_loop(reps: Tensor, y: Tensor, *, mask: Callable) -> Tensor:
     """A mask from two Python loops, then the dense loss; a row's kind and class decide."""
     rows = rows_of(y)
     positive = mask(list(zip(rows.pan.tolist(), rows.label.tolist(), strict=True)))
-    x = reps.flatten(0, 1)
+    return released(reps.flatten(0, 1), positive.to(reps.device))
+
+
+def released(x: Tensor, positive: Tensor) -> Tensor:
+    """The dense loss of rows that all have a positive pair."""
     scores = log_f(x, x, tau=TAU)
-    everything = ~torch.eye(len(x), dtype=torch.bool)
-    log_denominator = scores.masked_fill(~everything, -math.inf).logsumexp(1)
+    itself = torch.eye(len(x), dtype=torch.bool, device=x.device)
+    log_denominator = scores.masked_fill(itself, -math.inf).logsumexp(1)
     return (log_denominator - (scores * positive).sum(1) / positive.sum(1)).mean()
+
+
+@partial(torch.compile, fullgraph=True, dynamic=False)
+def released_by_kind(x: Tensor, kind: Tensor) -> Tensor:
+    """The dense loss without the checks of labels, which a graph cannot hold; masks are fused."""
+    itself = torch.eye(len(x), dtype=torch.bool, device=x.device)
+    return released(x, (kind[:, None] == kind) & ~itself)
+
+
+def by_compiler(reps: Tensor, y: Tensor) -> Tensor:
+    """The dense loss, compiled for its batch size; kind and class are one number."""
+    rows = rows_of(y)
+    return released_by_kind(reps.flatten(0, 1), 2 * rows.label + rows.pan)
+
+
+def by_other_tiles(reps: Tensor, y: Tensor) -> Tensor:
+    """The library's tiled loss with the tile that suits the other kind of device."""
+    with mock.patch.multiple(tiles, TILE=OTHER_TILE, GPU_TILE=OTHER_TILE):
+        return by_method("tiled")(reps, y)
 
 
 def by_supcon(reps: Tensor, y: Tensor) -> Tensor:
@@ -132,6 +201,8 @@ VARIANTS: dict[str, Callable[[Tensor, Tensor], Tensor | None]] = {
     "dense": by_method("dense"),
     "tiled": by_method("tiled"),
     "auto": by_method("auto"),
+    "retiled": by_other_tiles,
+    "compiled": by_compiler,
     "limit 4": partial(bare_products, times=2),
     "limit 3": partial(bare_products, times=1),
 }
@@ -148,34 +219,57 @@ def product_precision(name: str) -> Iterator[None]:
         torch.set_float32_matmul_precision(before)
 
 
+def synchronise() -> None:
+    """Wait for the GPU, where there is one."""
+    if GPU:
+        torch.cuda.synchronize()
+
+
 def once(variant: str, reps: Tensor, y: Tensor) -> tuple[float, float, float]:
     """Run forward and backward; return seconds by the clock and of the processor, and the loss."""
     reps.grad = None
+    synchronise()
     start, busy = time.perf_counter(), time.process_time()
     loss = VARIANTS[variant](reps, y)
     if loss is not None:
         loss.backward()
+    synchronise()
     seconds, cpu = time.perf_counter() - start, time.process_time() - busy
     return seconds, cpu, math.nan if loss is None else loss.item()
 
 
-def take_turns(B: int, rounds: int) -> list[dict]:
+def attempt(variant: str, reps: Tensor, y: Tensor) -> tuple[float, float, float] | str:
+    """As `once`; the error's name where a GPU's memory does not suffice or a compiler fails."""
+    try:
+        return once(variant, reps, y)
+    except Exception as error:
+        if variant != "compiled" and not isinstance(error, torch.OutOfMemoryError):
+            raise
+        print(f"{variant}, B = {len(y)}: {error!r}"[:2000], flush=True)
+        return type(error).__name__
+
+
+def take_turns(B: int, rounds: int, names: list[str], few: int) -> list[dict]:
     """Time all variants of one batch size, round by round; ratios to auto are per round."""
     reps, y = batch(B)
     reps.requires_grad_()
-    names = [name for name in VARIANTS if B <= LARGEST.get(name, B)]
-    seconds, cpu, losses = {name: [] for name in names}, {name: [] for name in names}, {}
+    seconds, cpu = {name: [] for name in names}, {name: [] for name in names}
+    losses, failed = {}, {}
     for turn in range(rounds + 1):  # the first round warms up
         for name in names:
-            if name in LARGEST and turn > 4:
+            if name in failed or (name in SLOW and turn > few):
                 continue
-            spent, busy, losses[name] = once(name, reps, y)
+            found = attempt(name, reps, y)
+            if isinstance(found, str):
+                failed[name] = found
+                continue
+            spent, busy, losses[name] = found
             if turn:
                 seconds[name].append(spent)
                 cpu[name].append(busy)
     agree = [loss for loss in losses.values() if not math.isnan(loss)]
     assert max(agree) - min(agree) < 1e-4 * max(agree), losses
-    return [
+    rows = [
         {
             "variant": name,
             "B": B,
@@ -189,7 +283,9 @@ def take_turns(B: int, rounds: int) -> list[dict]:
             "cpu_over_tiled": median_ratio(cpu[name], cpu["tiled"]),
         }
         for name, spent in seconds.items()
+        if name not in failed
     ]
+    return rows + [{"variant": name, "B": B, "failed": why} for name, why in failed.items()]
 
 
 def median_ratio(x: list[float], y: list[float]) -> float:
@@ -198,7 +294,13 @@ def median_ratio(x: list[float], y: list[float]) -> float:
 
 
 def measure(variant: str, B: int, precision: str, threads: int) -> dict:
-    """Run one variant once in a process of its own: seconds, and peak memory beyond the input."""
+    """Run one variant once: seconds, and peak memory beyond the input.
+
+    In a process of its own; on a GPU, whose allocator counts exactly, in this one.
+    """
+    if GPU:
+        with product_precision(precision):
+            return one(variant, B)
     command = [sys.executable, __file__, "--one", variant, str(B), "--precision", precision]
     command += ["--threads", str(threads)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
@@ -206,13 +308,16 @@ def measure(variant: str, B: int, precision: str, threads: int) -> dict:
 
 
 def one(variant: str, B: int) -> dict:
-    """Measure this process; a small batch before loads what the first call loads."""
-    small, y = batch(8)
-    once(variant, small.requires_grad_(), y)
+    """Measure this process; a small batch before loads what the first call loads, or compiles."""
+    small, y = batch(B if variant == "compiled" else 8)
+    attempt(variant, small.requires_grad_(), y)
     reps, y = batch(B)
     reps.requires_grad_()
     before = forget_peak()
-    seconds, cpu, loss = once(variant, reps, y)
+    found = attempt(variant, reps, y)
+    if isinstance(found, str):
+        return {"variant": variant, "B": B, "failed": found}
+    seconds, cpu, loss = found
     extra = peak() - before
     return {
         "variant": variant,
@@ -226,14 +331,22 @@ def one(variant: str, B: int) -> dict:
 
 
 def forget_peak() -> int:
-    """Let the peak begin anew, where the system can; return the bytes resident now."""
+    """Let the peak begin anew, where the system can; return the bytes in use now.
+
+    On a GPU those of PyTorch's allocator, else those of the process that are resident.
+    """
+    if GPU:
+        torch.cuda.reset_peak_memory_stats()
+        return torch.cuda.memory_allocated()
     if CLEAR.exists():
         CLEAR.write_text("5")
     return psutil.Process().memory_info().rss
 
 
 def peak() -> int:
-    """Most bytes resident since `forget_peak`; since the start of the process, elsewhere."""
+    """Most bytes in use since `forget_peak`; since the start of the process, elsewhere."""
+    if GPU:
+        return torch.cuda.max_memory_allocated()
     if not CLEAR.exists():
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     lines = Path("/proc/self/status").read_text().splitlines()
@@ -255,18 +368,36 @@ def accuracy(B: int = 128) -> list[dict]:
     return rows
 
 
-def machine(precision: str) -> dict:
+def machine(precision: str, device: torch.device = DEVICE) -> dict:
     """What the figures depend on."""
-    return {
+    gpu = device.type == "cuda"
+    facts = {"GPU": torch.cuda.get_device_name(), "CUDA": torch.version.cuda} if gpu else {}
+    return facts | {
         "processor": processor(),
         "capability": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "python": platform.python_version(),
         "product precision": precision,
-        "GFLOP a second, large fp32 product": round(gflops()),
+        "GFLOP a second, large fp32 product": round(gflops(device)),
         "load before the start": round(psutil.getloadavg()[0], 1),
     }
+
+
+def on_gpu(result: dict) -> bool:
+    """Whether results are those of a GPU."""
+    return "GPU" in result["machine"]
+
+
+def name_of(result: dict, name: str) -> str:
+    """The name of the results' files; a GPU's stand beside a CPU's."""
+    return f"{name}_cuda" if on_gpu(result) else name
+
+
+def committed(name: str) -> list[dict]:
+    """The results that there are, of a CPU and of a GPU."""
+    paths = [RESULTS / f"{name}{ending}.json" for ending in ("", "_cuda")]
+    return [json.loads(path.read_text()) for path in paths if path.exists()]
 
 
 def processor() -> str:
@@ -277,29 +408,34 @@ def processor() -> str:
     return names[0] if names else platform.machine()
 
 
-def gflops(n: int = 3072, rounds: int = 7) -> float:
+def gflops(device: torch.device, rounds: int = 7) -> float:
     """Billions of operations a second in the best of a few large products."""
-    x, spent = torch.ones(n, n), []
+    n, spent = 8192 if device.type == "cuda" else 3072, []
+    x = torch.randn(n, n, device=device)
     for _ in range(rounds):
+        synchronise()
         start = time.perf_counter()
         x @ x
+        synchronise()
         spent.append(time.perf_counter() - start)
     return 2 * n**3 / min(spent) / 1e9
 
 
-def sweep(precision: str, threads: int, quick: bool) -> dict:
+def sweep(precision: str, threads: int, quick: bool, extra: list[str]) -> dict:
     """Time in turns, measure alone, check accuracy."""
-    timed, measured = (
-        ({32: 9, 128: 5}, {v: (64, 128) for v in MEASURED}) if quick else (TIMED, MEASURED)
-    )
+    plan = QUICK if quick else FULL_GPU if GPU else FULL
+    absent = {name for name in EXTRA if name not in extra}
+    if not find_spec("pytorch_metric_learning"):
+        absent.add("supcon")
     with product_precision(precision):
         result = {"machine": machine(precision), "timed": [], "measured": []}
-        for B, rounds in timed.items():
-            result["timed"] += take_turns(B, rounds)
+        for B, rounds in plan.rounds.items():
+            names = [v for v in VARIANTS if v not in absent and B <= plan.largest.get(v, B)]
+            result["timed"] += take_turns(B, rounds, names, plan.few)
             print(pd.DataFrame(result["timed"]).query(f"B == {B}").to_string(), flush=True)
         result["accuracy"] = accuracy()
-    for variant, sizes in measured.items():
-        for B in sizes:
+    for variant, sizes in plan.measured.items():
+        for B in sizes if variant not in absent else ():
             result["measured"].append(measure(variant, B, precision, threads))
             print(result["measured"][-1], flush=True)
     return result
@@ -310,17 +446,21 @@ def draw(result: dict) -> plt.Figure:
     use_style()
     fig, (left, right) = plt.subplots(1, 2, figsize=(11, 4.6))
     timed, measured = pd.DataFrame(result["timed"]), pd.DataFrame(result["measured"])
+    gpu = on_gpu(result)
+    time_ = "seconds" if gpu else "cpu_seconds"
     for variant, (label, color, line) in STYLES.items():
-        rows = timed[timed["variant"] == variant][["B", "cpu_seconds"]]
+        rows = timed[timed["variant"] == variant][["B", time_]]
         alone = measured[measured["variant"] == variant]
-        rows = pd.concat([rows, alone[alone["B"] > rows["B"].max()][["B", "cpu_seconds"]]])
-        left.plot(rows["B"], rows["cpu_seconds"], line, color=color, label=label)
+        rows = pd.concat([rows, alone[alone["B"] > rows["B"].max()][["B", time_]]])
+        if len(rows):
+            left.plot(rows["B"], rows[time_], line, color=color, label=label)
         if len(alone):
             right.plot(alone["B"], alone["extra_bytes"] / 2**20, line, color=color, label=label)
     sizes = measured["B"].drop_duplicates().sort_values()
     bound = 3.2 * sizes * len(REPS) * D_MODEL * 4 / 2**20
     right.plot(sizes, bound, ":", color=MUTED, label="3.2 R d numbers")
-    left.set(title="Time grows as B²", ylabel="processor seconds, forward and backward")
+    unit = "seconds" if gpu else "processor seconds"
+    left.set(title="Time" if gpu else "Time grows as B²", ylabel=f"{unit}, forward and backward")
     right.set(title="Memory of tiled grows as B", ylabel="MiB beyond the input")
     for ax in (left, right):
         ax.set(xscale="log", yscale="log", xlabel="B, samples of six representations, d = 768")
@@ -335,6 +475,8 @@ def page(result: dict) -> str:
     """The page of the benchmark; every number in it comes from the result."""
     timed, measured = pd.DataFrame(result["timed"]), pd.DataFrame(result["measured"])
     errors = pd.DataFrame(result["accuracy"]).groupby(["data", "method"])["error"].max().unstack()
+    gpu = on_gpu(result)
+    texts, mark = (GPU_TEXTS, "") if gpu else (CPU_TEXTS, "cpu_")
     measured["MiB"] = measured["extra_bytes"] / 2**20
     timed["ms"] = timed["seconds"] * 1000
     timed["cpu_ms"] = timed["cpu_seconds"] * 1000
@@ -343,19 +485,44 @@ def page(result: dict) -> str:
         table = rows.pivot(index="variant", columns="B", values=value)
         return _table(table.loc[[name for name in STYLES if name in table.index]], form)
 
-    return PAGE.format(
-        facts="\n".join(f"- {key}: {value}" for key, value in result["machine"].items()),
-        verdicts=_table(verdicts(timed, measured), ".3g"),
+    facts = [f"- {key}: {value}" for key, value in result["machine"].items()]
+    parts = dict(
+        name=name_of(result, "contrastive_loss"),
+        facts="\n".join(facts + absences(timed, measured)),
+        verdicts=_table((gpu_verdicts if gpu else verdicts)(timed, measured), ".3g"),
         ms=by_size(timed, "ms", ".3g"),
         cpu_ms=by_size(timed, "cpu_ms", ".3g"),
-        over_auto=by_size(timed, "cpu_over_auto", ".2f"),
-        over_tiled=by_size(timed, "cpu_over_tiled", ".2f"),
+        over_auto=by_size(timed, f"{mark}over_auto", ".2f"),
+        over_tiled=by_size(timed, f"{mark}over_tiled", ".2f"),
         memory=by_size(measured, "MiB", ".0f"),
         share=measured.query("variant == 'tiled'")["extra_in_reps"].iloc[-1],
-        alone=by_size(measured, "cpu_seconds", ".3g"),
+        alone=by_size(measured, f"{mark}seconds", ".3g"),
         errors=_table(errors, ".1e"),
-        growth=growth(measured),
+        growth=growth(measured, f"{mark}seconds"),
     )
+    return PAGE.format(**parts, **{key: text.format(**parts) for key, text in texts.items()})
+
+
+def absences(timed: pd.DataFrame, measured: pd.DataFrame) -> list[str]:
+    """Say which cells are empty because something is not installed or failed."""
+    lines = []
+    if "supcon" not in set(timed["variant"]):
+        lines.append("- not installed, and left out: pytorch-metric-learning")
+    for how, rows in (("timed", timed), ("measured", measured)):
+        failed = rows[rows["failed"].notna()] if "failed" in rows else rows[:0]
+        lines += [
+            f"- failed when it was {how}, B = {row['B']}: {STYLES[row['variant']][0]}, "
+            f"{row['failed']}"
+            for _, row in failed.iterrows()
+        ]
+    return lines
+
+
+def ratios(timed: pd.DataFrame, variant: str, B: int, by: str) -> list[float]:
+    """How many times longer a variant took than another, by the clock and by processor time."""
+    found = timed.query(f"variant == '{variant}' and B == {B}")
+    how = [f"over_{by}", f"cpu_over_{by}"]
+    return found.iloc[0][how].tolist() if len(found) else [math.nan] * 2
 
 
 def verdicts(timed: pd.DataFrame, measured: pd.DataFrame) -> pd.DataFrame:
@@ -364,8 +531,7 @@ def verdicts(timed: pd.DataFrame, measured: pd.DataFrame) -> pd.DataFrame:
     last = int(timed["B"].max())
 
     def ratio(variant: str, B: int, by: str) -> list[float]:
-        row = timed.query(f"variant == '{variant}' and B == {B}").iloc[0]
-        return [row[f"over_{by}"], row[f"cpu_over_{by}"]]
+        return ratios(timed, variant, B, by)
 
     def inverse(variant: str, B: int, by: str) -> list[float]:
         return [1 / x for x in ratio(variant, B, by)]
@@ -386,11 +552,36 @@ def verdicts(timed: pd.DataFrame, measured: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(rows, index=["asked", "by the clock", "by processor time"]).T
 
 
-def growth(measured: pd.DataFrame) -> str:
+def gpu_verdicts(timed: pd.DataFrame, measured: pd.DataFrame) -> pd.DataFrame:
+    """On a GPU only one thing is asked: whether compilation beats tiles. The rest is shown."""
+    largest = measured.query("variant == 'tiled'").iloc[-1]
+    sizes = [int(B) for B in timed["B"].unique()]
+    asked = "clearly above 1, for a path of its own"
+    rows = {
+        f"tiled / compiled, B = {B}": [asked, 1 / ratios(timed, "compiled", B, "tiled")[0]]
+        for B in sizes
+        if "compiled" in set(timed["variant"])
+    }
+    for B in (sizes[0], sizes[-1]):
+        rows |= {
+            f"dense / auto, B = {B}": ["", ratios(timed, "dense", B, "auto")[0]],
+            f"tiled / auto, B = {B}": ["", ratios(timed, "tiled", B, "auto")[0]],
+            f"tiled / its limit, B = {B}": ["", 1 / ratios(timed, "limit 4", B, "tiled")[0]],
+        }
+    big = f"tiled, B = {largest['B']}:"
+    rows |= {
+        f"{big} seconds": ["", largest["seconds"]],
+        f"{big} MiB": ["", largest["MiB"]],
+        f"{big} R d numbers": ["", largest["extra_in_reps"]],
+    }
+    return pd.DataFrame(rows, index=["asked", "found"]).T
+
+
+def growth(measured: pd.DataFrame, column: str) -> str:
     """Exponents of tiled's time and memory between its two largest batches."""
-    rows = measured.query("variant == 'tiled'")[["B", "cpu_seconds", "extra_bytes"]].iloc[-2:]
+    rows = measured.query("variant == 'tiled'")[["B", column, "extra_bytes"]].iloc[-2:]
     grown = rows.map(math.log).diff().iloc[-1]
-    time_, memory = grown["cpu_seconds"] / grown["B"], grown["extra_bytes"] / grown["B"]
+    time_, memory = grown[column] / grown["B"], grown["extra_bytes"] / grown["B"]
     return f"time as B^{time_:.2f}, memory as B^{memory:.2f}"
 
 
@@ -401,14 +592,14 @@ def _table(frame: pd.DataFrame, form: str) -> str:
     return texts.replace("nan", "").to_markdown(disable_numparse=True)
 
 
-PAGE = """# The contrastive loss: time and memory
+PAGE = """# The contrastive loss: time and memory{where}
 
 Written by `python bench/contrastive_loss.py`; every number below comes from
-`results/bench/contrastive_loss.json`. d = 768, six representations a sample, R = 6 B, tau 0.07.
+`results/bench/{name}.json`. d = 768, six representations a sample, R = 6 B, tau 0.07.
 
 {facts}
 
-![time and memory against the batch size](contrastive_loss.png)
+![time and memory against the batch size]({name}.png)
 
 ## Asked and found
 
@@ -416,9 +607,7 @@ Written by `python bench/contrastive_loss.py`; every number below comes from
 
 The limits are bare matrix products of the same operation count, as few and as large as can be.
 Ratios are medians over rounds in which all variants take turns, in one process, with the same
-precision of matrix products. A busy machine disturbs the clock; processor time with one thread
-it hardly does. Seconds say as much about the machine as about the code: the largest batch needs
-4 R² d operations, whatever else is done.
+precision of matrix products. {care}
 
 ## Forward and backward
 
@@ -426,13 +615,7 @@ Milliseconds by the clock, medians:
 
 {ms}
 
-Milliseconds of processor time, all threads together:
-
-{cpu_ms}
-
-How many times the processor time of `auto`:
-
-{over_auto}
+{times}
 
 How many times that of `tiled`:
 
@@ -440,12 +623,12 @@ How many times that of `tiled`:
 
 ## MiB beyond the input, gradient included
 
-The peak of a process of its own. `tiled` takes {share:.2f} R d numbers at the largest batch.
+{peak} `tiled` takes {share:.2f} R d numbers at the largest batch.
 Between its two largest batches it grows: {growth}.
 
 {memory}
 
-Processor seconds of those single runs:
+{unit} of those single runs:
 
 {alone}
 
@@ -456,15 +639,59 @@ one centre per class, cosine about .5. Collapsed: x = c + 0.2 noise.
 
 {errors}
 """
+CPU_TEXTS = {
+    "where": "",
+    "care": """A busy machine disturbs the clock; processor time with one thread
+it hardly does. Seconds say as much about the machine as about the code: the largest batch needs
+4 R² d operations, whatever else is done.""",
+    "times": """Milliseconds of processor time, all threads together:
+
+{cpu_ms}
+
+How many times the processor time of `auto`:
+
+{over_auto}""",
+    "peak": "The peak of a process of its own.",
+    "unit": "Processor seconds",
+}
+GPU_TEXTS = {
+    "where": " on a GPU",
+    "care": """The GPU is waited for after every
+call, so that launching counts too. The compiled variant is the dense loss, masks included, in one
+graph per batch size; compilation itself is not in the time. It holds R x R numbers, which tiles
+avoid: only if it takes clearly less time is it worth a path of its own. The loss keeps a GPU from
+TF32, and so does this benchmark, limits included. An empty cell was not run, or failed.""",
+    "times": """How many times the time of `auto`:
+
+{over_auto}""",
+    "peak": "The peak of PyTorch's allocator; CUDA's own context is not in it.",
+    "unit": "Seconds",
+}
+
+
+def write(result: dict) -> None:
+    """Write the records, the figure and the page."""
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    name = name_of(result, "contrastive_loss")
+    (RESULTS / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
+    rows = [{"how": how, **row} for how in ("timed", "measured") for row in result[how]]
+    pd.DataFrame(rows).to_csv(RESULTS / f"{name}.csv", index=False, float_format="%.6g")
+    save_figure(draw(result), name, "bench", producer="contrastive_loss", folder=DOCS)
+    (DOCS / f"{name}.md").write_text(page(result))
 
 
 def main() -> None:
-    """Sweep, write the records, the figure and the page."""
+    """Sweep and write, or one measurement for the parent."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="small sizes, nothing written")
     parser.add_argument("--page", action="store_true", help="redraw from the committed results")
-    parser.add_argument("--precision", default="medium", help="of fp32 matrix products")
+    parser.add_argument(
+        "--precision", default="highest" if GPU else "medium", help="of fp32 matrix products"
+    )
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument(
+        "--extra", nargs="*", default=EXTRA if GPU else (), choices=EXTRA, help="variants more"
+    )
     parser.add_argument("--one", nargs=2, metavar=("VARIANT", "B"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
@@ -473,18 +700,15 @@ def main() -> None:
             print(json.dumps(one(options.one[0], int(options.one[1]))))
         return
     if options.page:
-        result = json.loads((RESULTS / "contrastive_loss.json").read_text())
-    else:
-        result = sweep(options.precision, options.threads, options.quick)
-    if options.quick:
-        print(page(result))
+        for result in committed("contrastive_loss"):
+            write(result)
         return
-    RESULTS.mkdir(parents=True, exist_ok=True)
-    (RESULTS / "contrastive_loss.json").write_text(json.dumps(result, indent=1) + "\n")
-    rows = [{"how": how, **row} for how in ("timed", "measured") for row in result[how]]
-    pd.DataFrame(rows).to_csv(RESULTS / "contrastive_loss.csv", index=False, float_format="%.6g")
-    save_figure(draw(result), "contrastive_loss", "bench", producer="contrastive_loss", folder=DOCS)
-    (DOCS / "contrastive_loss.md").write_text(page(result))
+    result = sweep(options.precision, options.threads, options.quick, options.extra)
+    if options.quick:
+        draw(result)
+        print(page(result))
+    else:
+        write(result)
 
 
 if __name__ == "__main__":

@@ -377,7 +377,7 @@ def main() -> None:
     parser.add_argument("--task", choices=TASKS)
     parser.add_argument("path", nargs="?", type=Path)
     parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--redraw", action="store_true", help="page and figure from the results")
+    parser.add_argument("--page", action="store_true", help="page and figure from the results")
     given = parser.parse_args()
     if given.task:
         print(json.dumps(TASKS[given.task](given.path)))
@@ -385,7 +385,7 @@ def main() -> None:
     from conki_lib.config import ROOT
 
     results, docs = ROOT / "results/bench/conversion.json", ROOT / "docs/benchmarks"
-    result = json.loads(results.read_text()) if given.redraw else run(given.quick)
+    result = json.loads(results.read_text()) if given.page else run(given.quick)
     if given.quick:
         print(page(result))
         return

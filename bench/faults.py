@@ -334,10 +334,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--kills", type=int, default=KILLS)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--redraw", action="store_true", help="the page from the results")
+    parser.add_argument("--page", action="store_true", help="the page from the results")
     given = parser.parse_args()
     results, docs = HERE / "results/bench/faults.json", HERE / "docs/benchmarks/faults.md"
-    result = json.loads(results.read_text()) if given.redraw else run(given.kills, given.seed)
+    result = json.loads(results.read_text()) if given.page else run(given.kills, given.seed)
     if given.kills >= KILLS:
         for path, text in ((results, json.dumps(result, indent=1) + "\n"), (docs, page(result))):
             path.parent.mkdir(parents=True, exist_ok=True)

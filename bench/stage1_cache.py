@@ -1,6 +1,6 @@
 """Stage 1 from cached hidden states against backbones that run anew in every epoch.
 
-    python bench/stage1_cache.py            # about 25 minutes, 2 GB of disk
+    python bench/stage1_cache.py            # about 25 minutes with one thread, 2 GB of disk
     python bench/stage1_cache.py --quick    # tiny sizes, nothing written
     python bench/stage1_cache.py --page     # page and figure from the committed results
 
@@ -125,7 +125,8 @@ class Bench:
     def __init__(self, case: Case, folder: Path) -> None:
         self.folder = folder
         self.store = part_of(open_store(fetch(CORPUS)), folder, case.utterances)
-        chosen = dict(case.adapters, stage1_epochs=1, widths={CORPUS: dict(self.store.info.widths)})
+        widths = {CORPUS: dict(self.store.info.widths)}
+        chosen = dict(case.adapters, stage1_epochs=1, device="cpu", widths=widths)
         if case.backbone:
             texts = [text for s in ("train", "valid") for text in self.store[s].table["text"]]
             name = save_backbone(folder / "bert", case.backbone, texts)
@@ -263,7 +264,7 @@ def summary(spent: dict[str, list[dict]]) -> dict[str, float]:
 def run(cases: dict[str, Case]) -> dict:
     """All cases."""
     with precision("fp32-fast"):
-        facts = machine(torch.get_float32_matmul_precision())
+        facts = machine(torch.get_float32_matmul_precision(), torch.device("cpu"))
     result = {"machine": facts, "cases": {}}
     for name, case in cases.items():
         result["cases"][name] = measure(case)
@@ -391,7 +392,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="tiny sizes, nothing written")
     parser.add_argument("--page", action="store_true", help="redraw from the committed results")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--threads", type=int, default=1)
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
     if given.page:

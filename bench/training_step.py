@@ -1,17 +1,20 @@
 """One fine-tuning step at the released shapes: a plain implementation against this library's.
 
-    python bench/training_step.py            # on two cores about 75 minutes, 20 GB of memory
+    python bench/training_step.py            # 40 minutes and 20 GB on two cores; 2 minutes on a GPU
     python bench/training_step.py --quick    # tiny sizes, nothing written
-    python bench/training_step.py --page     # page and figure from the committed results
+    python bench/training_step.py --page     # pages and figures from the committed results
+    python bench/training_step.py --skip     # the compiled option too, which takes long to compile
 
 The plain step is written below from what is known of the released code (`PlainConKI`): everything
 padded to its maximum, masks ignored in adapters and means, attention written out, default fp32, a
 Python loop over the pair matrix, text tokenised in the step. From there to the library's step one
 measure is switched on at a time; all take turns in one process. Peak memory is that of a process
-of its own. Uses a GPU where there is one; then the results' names end in `_cuda`.
+of its own. Uses a GPU where there is one; then the results' names end in `_cuda`, only the clock
+counts, and memory is that of PyTorch's allocator.
 """
 
 import argparse
+import gc
 import json
 import math
 import os
@@ -34,13 +37,19 @@ import numpy as np
 import pandas as pd
 import torch
 from contrastive_loss import (
+    DEVICE,
     DOCS,
+    GPU,
     RESULTS,
+    committed,
     forget_peak,
     machine,
     mask_of_entries,
     median_ratio,
+    name_of,
+    on_gpu,
     peak,
+    synchronise,
 )
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -55,8 +64,6 @@ from conki_lib.model import build_model, freeze_for_fine_tuning
 from conki_lib.plots.style import MUTED, PAIR_COLORS, save_figure, use_style
 from conki_lib.training import Objective
 
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-NAME = "training_step" + ("" if DEVICE.type == "cpu" else f"_{DEVICE.type}")
 CORPUS = "shapes"  # of the generated corpus
 PARTS = 4  # of a batch, where it is taken in parts
 MEAN, DEVIATION = 0.35, 0.65 / 3  # duration over the maximum: mean + 3 deviations is the maximum
@@ -76,8 +83,8 @@ class Sizes:
     widths: tuple[int, int] = (20, 5)
     tokens: int = 50
     utterances: int = 512  # 16 batches, one pool of the bucketing
-    rounds: int = 3
-    batches: int = 3  # timed per variant and round, evenly spread over the pool's lengths
+    rounds: int = 5 if GPU else 2
+    batches: int = 3 if GPU else 1  # timed a turn, evenly spread over the pool's lengths
 
 
 TINY = Sizes(
@@ -435,7 +442,7 @@ class Bench:
         """Set the precision and whatever else the variant asks for, and put it back."""
         self._switch(variant, True)
         try:
-            with precision(variant.precision):
+            with precision(variant.precision, DEVICE):
                 yield
         finally:
             self._switch(variant, False)
@@ -443,8 +450,7 @@ class Bench:
     def _switch(self, variant: Variant, on: bool) -> None:
         if not variant.library:
             self.plain.set_kernel(variant.attention)
-            for group in self.optimizers["plain"].param_groups:
-                group["fused"] = variant.fused
+            set_fused(self.optimizers["plain"], variant.fused)
         elif variant.option == "detached":
             self.ours.adapter_gradient = not on
         elif variant.option == "recomputed":
@@ -506,6 +512,14 @@ def plain_optimizer(model: nn.Module, config: RunConfig) -> torch.optim.AdamW:
     return torch.optim.AdamW(groups, weight_decay=config.stage2.weight_decay)
 
 
+def set_fused(optimizer: torch.optim.AdamW, fused: bool) -> None:
+    """Choose AdamW's fused kernel or PyTorch's default one; they want step counts elsewhere."""
+    for group in optimizer.param_groups:
+        group["fused"] = fused or None
+    for state in optimizer.state.values():
+        state["step"] = state["step"].to(DEVICE if fused else "cpu")
+
+
 def stacks(model: nn.Module) -> list[nn.Module]:
     """All stacks of Transformer layers."""
     return [part for part in model.modules() if isinstance(part, TransformerStack)]
@@ -528,7 +542,7 @@ def real_share(batch: Batch, longest: dict[str, int]) -> float:
 def parity() -> dict:
     """Plain and library agree at equal weights, where padding is let in: a tiny model, fp32."""
     quiet = dict(padding="released", encoder_dropout=0.0, adapter_init_std=0.02)
-    with tempfile.TemporaryDirectory() as name, precision("fp32"):
+    with tempfile.TemporaryDirectory() as name, precision("fp32", DEVICE):
         bench = Bench(Path(name), TINY, ("plain", "library"), **quiet)
         bench.plain.eval(), bench.ours.eval()
         found = []
@@ -569,22 +583,16 @@ def seconds_of(bench: Bench, variant: Variant, batches: list[Batch]) -> tuple[fl
     return (time.perf_counter() - start) / n, (time.process_time() - busy) / n
 
 
-def synchronise() -> None:
-    """Wait for the GPU, where there is one."""
-    if DEVICE.type == "cuda":
-        torch.cuda.synchronize()
-
-
 def take_turns(bench: Bench, names: list[str]) -> dict[str, dict[str, list[float]]]:
-    """Time all variants round by round; each is warmed up with small batches before."""
+    """Time all variants round by round; each is warmed up before, on a CPU with few batches."""
     spent: dict[str, dict[str, list[float]]] = {name: {"clock": [], "cpu": []} for name in names}
     for turn in range(bench.sizes.rounds + 1):
         for name in names:
             variant = VARIANTS[name]
             batches = bench.chosen(variant.batches)
-            if not turn and variant.batches == "random":
+            if not turn and variant.batches == "random" and not GPU:
                 batches = batches[:1]
-            if not turn and variant.batches == "padded" and DEVICE.type == "cpu":
+            if not turn and variant.batches == "padded" and not GPU:
                 continue  # as long as a whole round of the others; its kernels are theirs
             with bench.prepared(variant):
                 clock, cpu = seconds_of(bench, variant, batches)
@@ -624,35 +632,40 @@ def measure(name: str, quick: bool, threads: int) -> dict:
 
 
 def one(name: str, sizes: Sizes) -> dict:
+    """Peak memory of a variant, in this process."""
+    with tempfile.TemporaryDirectory() as folder:
+        return peak_of(Bench(Path(folder), sizes, (name,)), name)
+
+
+def peak_of(bench: Bench, name: str) -> dict:
     """Peak of one step on the variant's largest batch; a small one before fills the optimiser."""
     variant = VARIANTS[name]
-    with tempfile.TemporaryDirectory() as folder:
-        bench = Bench(Path(folder), sizes, (name,))
-        with bench.prepared(variant):
-            bench.step(variant, bench.batches["bucketed"][0])
-            base = memory_now()
-            bench.step(variant, bench.batches[variant.batches][-1])
-            return {"variant": name, "peak_bytes": memory_peak(), "before_bytes": base}
+    with bench.prepared(variant):
+        bench.step(variant, bench.batches["bucketed"][0])
+        base = forget_peak()
+        bench.step(variant, bench.batches[variant.batches][-1])
+        return {"variant": name, "peak_bytes": peak(), "before_bytes": base}
 
 
-def memory_now() -> int:
-    """Bytes in use; the peak begins anew."""
-    if DEVICE.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        return torch.cuda.memory_allocated()
-    return forget_peak()
-
-
-def memory_peak() -> int:
-    """Most bytes in use since."""
-    return torch.cuda.max_memory_allocated() if DEVICE.type == "cuda" else peak()
+def measure_here(names: list[str], sizes: Sizes) -> list[dict]:
+    """Peak memory of variants on a GPU, whose allocator counts exactly: one model at a time."""
+    rows = []
+    for library in (False, True):
+        chosen = tuple(name for name in names if VARIANTS[name].library == library)
+        gc.collect()
+        print(f"{torch.cuda.memory_allocated() / 1e6:.0f} MB held before", flush=True)
+        with tempfile.TemporaryDirectory() as folder:
+            bench = Bench(Path(folder), sizes, chosen)
+            rows += [peak_of(bench, name) for name in chosen]
+            del bench
+    print(pd.DataFrame(rows).to_string(), flush=True)
+    return rows
 
 
 def run(sizes: Sizes, names: list[str], quick: bool) -> dict:
     """All measurements."""
     facts = machine(torch.get_float32_matmul_precision())
     del facts["product precision"]  # each variant has its own
-    facts["device"] = torch.cuda.get_device_name() if DEVICE.type == "cuda" else "CPU"
     result = {"machine": facts, "sizes": asdict(sizes), "parity": parity()}
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(Path(folder), sizes, tuple(names))
@@ -660,8 +673,11 @@ def run(sizes: Sizes, names: list[str], quick: bool) -> dict:
         result["areas"] = {k: [area(b) for b in bench.chosen(k)] for k in bench.batches}
         result["timed"] = timed(bench, names)
         del bench
-    alone = ["plain", "ours"] if quick else names
-    result["memory"] = [measure(name, quick, torch.get_num_threads()) for name in alone]
+    if GPU:
+        result["memory"] = measure_here(names, sizes)
+    else:
+        alone = ["plain", "ours"] if quick else names
+        result["memory"] = [measure(name, quick, torch.get_num_threads()) for name in alone]
     return result
 
 
@@ -689,7 +705,8 @@ def draw(result: dict) -> plt.Figure:
         ax.margins(x=0.12)
         ax.grid(axis="y", visible=False)
     left.set(title="Seconds a step", xlabel="by the clock, medians")
-    right.set(title="Peak memory", xlabel="GB of a process that takes its largest step")
+    whose = "PyTorch on the GPU in the" if on_gpu(result) else "a process that takes its"
+    right.set(title="Peak memory", xlabel=f"GB of {whose} largest step")
     return fig
 
 
@@ -705,16 +722,18 @@ def page(result: dict) -> str:
     rows = table_of(result)
     sizes = result["sizes"]
     facts = {**result["machine"], "parity of both models, at most": max(result["parity"].values())}
+    gpu = on_gpu(result)
     return PAGE.format(
-        name=NAME,
+        name=name_of(result, "training_step"),
         facts="\n".join(f"- {key}: {short(value)}" for key, value in facts.items()),
-        verdicts=verdicts(rows),
-        ladder=lines(rows[rows["option"] == ""]),
-        options=lines(rows[rows["option"] != ""]),
+        verdicts=gpu_verdicts(rows) if gpu else verdicts(rows),
+        ladder=lines(rows[rows["option"] == ""], "variant | measure", gpu),
+        options=lines(rows[rows["option"] != ""], "option |", gpu),
         share=f"{result['real_share']:.0%}",
         vision=sizes["steps"][0],
         audio=sizes["steps"][1],
         **{k: sizes[k] for k in ("B", "d", "layers", "tokens", "rounds", "batches", "utterances")},
+        **(GPU_TEXTS if gpu else CPU_TEXTS),
     )
 
 
@@ -725,19 +744,56 @@ def verdicts(rows: pd.DataFrame) -> str:
         f"| {rows['cpu_plain_over'][name]:.1f} | {rows['gb']['plain'] / rows['gb'][name]:.1f} |"
         for name in ("ours", "ours bf16")
     ]
-    return "\n".join(found)
+    head = "| | asked | by the clock | by processor time | peak memory, plain over this |"
+    return "\n".join([head, "|---|---:|---:|---:|---:|", *found])
 
 
-def lines(rows: pd.DataFrame) -> str:
-    """Rows of a table, one per variant."""
-    return "\n".join(
-        f"| {name} | {row['label'] if row['base'] else ''} | {row['base']} "
-        f"| {row['clock_seconds']:.3g} | {row['cpu_seconds']:.3g} "
-        f"| {format(row['clock_factor'], '.2f') if row['base'] else ''} "
-        f"| {row['clock_plain_over']:.1f} "
-        f"| {'' if math.isnan(row['gb']) else format(row['gb'], '.1f')} |"
-        for name, row in rows.iterrows()
-    )
+def gpu_verdicts(rows: pd.DataFrame) -> str:
+    """Memory against the paper's card, an RTX 2080 Ti, and time and memory against plain."""
+    found = []
+    for name, kind in (
+        ("plain", "plain, fp32"),
+        ("library", "the library, fp32"),
+        ("ours", "ours, fp32-fast"),
+        ("ours bf16", "ours, bf16"),
+    ):
+        row, asked = rows.loc[name], "at most 11" if name in ("library", "ours") else ""
+        found.append(
+            f"| {kind} | {asked} | {row['gb']:.2f} | {rows['gb']['plain'] / row['gb']:.1f} "
+            f"| {row['clock_seconds'] * 1000:.3g} | {row['clock_plain_over']:.1f} |"
+        )
+    head = "| a step | asked, peak GB | found | plain over this | ms | plain over this |"
+    return "\n".join([head, "|---|---:|---:|---:|---:|---:|", *found])
+
+
+def lines(rows: pd.DataFrame, first: str, gpu: bool) -> str:
+    """A table with a line per variant; on a GPU without the processor's time."""
+    head = [first, "on top of", "seconds", "processor seconds", "factor", "over plain", "peak GB"]
+    numbers = 5
+    if gpu:
+        head.remove("processor seconds")
+        numbers -= 1
+    cells = [cells_of(name, row, gpu) for name, row in rows.iterrows()]
+    rule = "|---|---|---|" + numbers * "---:|"
+    return "\n".join([_line(head), rule, *map(_line, cells)])
+
+
+def cells_of(name: str, row: pd.Series, gpu: bool) -> list[str]:
+    """A variant's cells in the table of `lines`."""
+    return [
+        name,
+        row["label"] if row["base"] else "",
+        row["base"],
+        f"{row['clock_seconds']:.3g}",
+        *([] if gpu else [f"{row['cpu_seconds']:.3g}"]),
+        f"{row['clock_factor']:.2f}" if row["base"] else "",
+        f"{row['clock_plain_over']:.1f}",
+        "" if math.isnan(row["gb"]) else f"{row['gb']:.1f}",
+    ]
+
+
+def _line(cells: list[str]) -> str:
+    return f"| {' | '.join(cells)} |"
 
 
 def short(value: object) -> str:
@@ -745,7 +801,7 @@ def short(value: object) -> str:
     return f"{value:.2g}" if isinstance(value, float) else str(value)
 
 
-PAGE = """# One fine-tuning step: a plain implementation and ours
+PAGE = """# One fine-tuning step: a plain implementation and ours{where}
 
 Written by `python bench/training_step.py`; every number below comes from
 `results/bench/{name}.json`.
@@ -767,48 +823,72 @@ same loss and gradient (checked at each start, see below).
 
 ## Asked and found
 
-| | asked | by the clock | by processor time | peak memory, plain over this |
-|---|---:|---:|---:|---:|
 {verdicts}
-
+{asked}
 ## What each measure contributes
 
 Each line adds one measure to the line before. Factor: how many times faster than that line; the
 last column but one: than plain. Medians of {rounds} rounds in which all take turns; a step is the
 mean over as many batches, evenly spread over the lengths that occur, as stand here: {batches}.
 
-| variant | measure | on top of | seconds | processor seconds | factor | over plain | peak GB |
-|---|---|---|---:|---:|---:|---:|---:|
 {ladder}
 
 A factor belongs to its place: behind another measure the same one may contribute more or less.
-PyTorch's fused attention on a CPU takes no dropout: layers with dropout, all of the plain model's,
-fall back to the same matrix products. Only the library's frozen adapters, in evaluation mode, use
-it, and in bf16 not even these, since the kernel's way back is slow there. A GPU's kernels take
-dropout. Peak memory is that of the whole process on the largest batch of the variant's kind,
-weights and optimiser included; an empty cell was not measured.
+{kernels}
 
 ## Options
 
 Each alone on top of one of the above.
 
-| option | | on top of | seconds | processor seconds | factor | over plain | peak GB |
-|---|---|---|---:|---:|---:|---:|---:|
 {options}
 
 Cutting the gradient between frozen adapters and the backbones changes what is trained, not only
 how fast; it is a setting, and not the default. Compilation itself is not in the time.
 """
+CPU_TEXTS = {
+    "where": "",
+    "asked": "",
+    "kernels": """\
+PyTorch's fused attention on a CPU takes no dropout: layers with dropout, all of the plain model's,
+fall back to the same matrix products. Only the library's frozen adapters, in evaluation mode, use
+it, and in bf16 not even these, since the kernel's way back is slow there. A GPU's kernels take
+dropout. Peak memory is that of the whole process on the largest batch of the variant's kind,
+weights and optimiser included; an empty cell was not measured.""",
+}
+GPU_TEXTS = {
+    "where": " on a GPU",
+    "asked": """
+The paper's card, an RTX 2080 Ti, has 11 GB. Milliseconds are by the clock, the GPU waited for.
+Plain's batches are padded to the maximum, the others to their longest; the largest of them, whose
+memory is asked about, is as long as the maximum.
+""",
+    "kernels": """\
+`fp32` is full single precision, `fp32-fast` is TF32. Fused AdamW takes the place of PyTorch's
+default on a GPU, which works on many tensors at once. Peak memory is the most that PyTorch's
+allocator held in a step on the largest batch of the variant's kind, weights and optimiser included,
+with only its own model on the GPU; CUDA's own context, some hundred MB, is not in it.""",
+}
+
+
+def write(result: dict) -> None:
+    """Write the record, the figure and the page."""
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    name = name_of(result, "training_step")
+    (RESULTS / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
+    save_figure(draw(result), name, "bench", producer="training_step", folder=DOCS)
+    (DOCS / f"{name}.md").write_text(page(result))
 
 
 def main() -> None:
-    """Measure, write the record, the figure and the page; or one variant for the parent."""
+    """Measure and write; or one variant for the parent."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="tiny sizes, nothing written")
     parser.add_argument("--page", action="store_true", help="redraw from the committed results")
     parser.add_argument("--rounds", type=int, help="how often all variants take their turn")
     parser.add_argument("--batches", type=int, help="steps per variant and turn")
-    parser.add_argument("--skip", nargs="*", default=[], choices=OPTIONS, help="options left out")
+    parser.add_argument(
+        "--skip", nargs="*", default=["compiled"], choices=OPTIONS, help="options left out"
+    )
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--one", choices=VARIANTS, help=argparse.SUPPRESS)
     given = parser.parse_args()
@@ -820,18 +900,16 @@ def main() -> None:
         print(json.dumps(one(given.one, sizes)))
         return
     if given.page:
-        result = json.loads((RESULTS / f"{NAME}.json").read_text())
-    else:
-        names = [name for name in VARIANTS if name not in given.skip]
-        result = run(replace(sizes, **chosen), names, given.quick)
+        for result in committed("training_step"):
+            write(result)
+        return
+    names = [name for name in VARIANTS if name not in given.skip]
+    result = run(replace(sizes, **chosen), names, given.quick)
     if given.quick:
         draw(result)
         print(page(result))
-        return
-    RESULTS.mkdir(parents=True, exist_ok=True)
-    (RESULTS / f"{NAME}.json").write_text(json.dumps(result, indent=1) + "\n")
-    save_figure(draw(result), NAME, "bench", producer="training_step", folder=DOCS)
-    (DOCS / f"{NAME}.md").write_text(page(result))
+    else:
+        write(result)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import pandas as pd
-from pydantic import ValidationError
 
 from conki_lib.config import RunConfig, near_names
 from conki_lib.records import Record, config_key, find_record, load_records
@@ -33,8 +32,11 @@ _CONTROLS = {
     "TFN": ("tensor fusion of all modalities", {"kind": "tfn"}),
     "LMF": ("low-rank multimodal fusion", {"kind": "lmf"}),
 }  # fmt: skip
+# what a profile has beside configs/<profile>.yml, which all rows share:
 # (profile, row) -> values of its own: the best trials on the profile's validation split
 TUNED = {("mosi-open", "text-only"): {"lr_heads": 1e-3, "epochs": 8}}
+# profile -> rows trained by default beside full and w/o C4; there text carries nearly everything
+_BY_DEFAULT = {"mosi-open": ["text-only"]}
 
 
 def _variants() -> dict[str, Variant]:
@@ -96,6 +98,11 @@ def variant(name: str) -> Variant:
         f"unknown variant {name!r}{near_names(name, VARIANTS)}. Known are {', '.join(VARIANTS)}, "
         "lam=<number>, tau=<number>, batch_size=<number>"
     )
+
+
+def default_rows(profile: str) -> list[str]:
+    """The rows that a profile trains by default; others are shown from committed records."""
+    return ["full", "w/o C4", *_BY_DEFAULT.get(profile, ())]
 
 
 def why_not(profile: RunConfig, name: str) -> str | None:
@@ -183,14 +190,10 @@ def runs_of(profile: str, *, fold: str | None = None) -> list[Record]:
     for record in load_records(profile):
         if record.stage == 2 and record.fold == fold and _is_a_row(record):
             place, held = (record.variant, record.seed), found.get((record.variant, record.seed))
-            if held is None or _rank(record) >= _rank(held):
+            if held is None or record.rank >= held.rank:
                 found[place] = record
     order = row_order(name for name, _ in found)
     return sorted(found.values(), key=lambda r: (order.index(r.variant), r.seed))
-
-
-def _rank(record: Record) -> tuple:
-    return record.is_current, record.folder is not None, record.provenance.get("finished", "")
 
 
 def _is_a_row(record: Record) -> bool:
@@ -198,7 +201,7 @@ def _is_a_row(record: Record) -> bool:
     try:
         found = record.config
         wanted = configure(record.profile, record.variant, record.seed, fold=record.fold)
-    except (ValueError, ValidationError):
+    except ValueError:
         return False  # a row or a setting that is no more
     if found.runtime.tuning:
         return False

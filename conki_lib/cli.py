@@ -12,15 +12,18 @@ from typer.core import TyperGroup
 
 
 class _Commands(TyperGroup):
-    """Errors that name their way out are printed without a traceback; CONKI_DEBUG=1 shows it."""
+    """Errors that name their way out are printed without a traceback; CONKI_DEBUG=1 shows it.
+
+    A reader that has seen enough, as in ``conki doctor | head -1``, is none: Typer ends quietly.
+    """
 
     def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
         except (ValueError, OSError, RuntimeError) as error:
-            if os.environ.get("CONKI_DEBUG") or isinstance(error, typer.Exit):
+            if os.environ.get("CONKI_DEBUG") or isinstance(error, typer.Exit | BrokenPipeError):
                 raise
-            typer.secho(f"Error: {error}", fg="red", err=True)
+            typer.secho(f"Error: {_in_words(error)}", fg="red", err=True)
             raise typer.Exit(1) from None
 
 
@@ -93,12 +96,13 @@ def train(
     profile: Annotated[str, typer.Option(help="configs/<profile>.yml")] = "synthetic",
     variant: Annotated[str, typer.Option(help="row of the tables")] = "full",
     seed: Annotated[int, typer.Option(min=0)] = 0,
+    fold: Annotated[str | None, typer.Option(help="default: the profile's")] = None,
 ) -> None:
     """Run or load one row without a notebook; several processes: see the README."""
     from conki_lib.ablation import configure, run_or_load
     from conki_lib.fitting import is_main
 
-    record = run_or_load(configure(profile, variant, seed), weights=True)
+    record = run_or_load(configure(profile, variant, seed, fold=fold), weights=True)
     if is_main():
         _show([{"split": split, **found} for split, found in record.metrics.items()])
 
@@ -132,13 +136,15 @@ def pipeline(
     profile: Annotated[str, typer.Option(help="configs/<profile>.yml")] = "synthetic",
     rows: Annotated[str, typer.Option(help="'full,w/o N1', or all; default: the profile's")] = "",
     seeds: Annotated[str, typer.Option(help="3: the first three; 0,4,7: these; 2-5")] = "",
+    folds: Annotated[str, typer.Option(help="'standard,other'; default: the profile's")] = "",
     cores: Annotated[int, typer.Option(min=1)] = 2,
     fresh: Annotated[bool, typer.Option(help="move earlier runs aside and begin anew")] = False,
 ) -> None:
     """Run the Snakefile under a lock; what is finished stays. Further arguments go to Snakemake."""
     from conki_lib.pipeline import start
 
-    start(profile, rows=rows, seeds=seeds, cores=cores, fresh=fresh, extra=extra or ())
+    given = dict(rows=rows, seeds=seeds, folds=folds, cores=cores, fresh=fresh)
+    start(profile, extra=extra or (), **given)
 
 
 @app.command()
@@ -155,13 +161,16 @@ def results(profile: Annotated[str, typer.Argument(help="configs/<profile>.yml")
 def doctor() -> None:
     """Say what is installed, which device and precision there is, and which corpora are here."""
     from conki_lib.config import ModelConfig
-    from conki_lib.data.corpora import status
+    from conki_lib.data.corpora import data_root, status
     from conki_lib.encoders import resolve_backbone
     from conki_lib.pipeline import machine
 
-    _show(machine())
+    _show(machine() | {"corpora in": data_root()})
     typer.echo()
-    _show(status())
+    rows = status()
+    _show([{name: value for name, value in row.items() if name != "how"} for row in rows])
+    typer.echo()
+    _show({row["corpus"]: row["how"] for row in rows if row["how"]})
     typer.echo()
     backbone = ModelConfig().text_backbone
     try:
@@ -170,15 +179,24 @@ def doctor() -> None:
         _show({"text backbone": backbone, "not found": error})
 
 
+def _in_words(error: Exception) -> str:
+    """What an error says; of pydantic's page the settings, their values and what is wrong."""
+    if not hasattr(error, "errors"):
+        return str(error)
+    found = [(".".join(map(str, e["loc"])), e) for e in error.errors()]
+    return "; ".join(
+        f"{at} cannot be {e['input']!r}: {e['msg']}" if at else e["msg"] for at, e in found
+    )
+
+
 def _show(found: Any) -> None:
-    """Print a mapping as lines, rows as a table, anything else as it is."""
+    """Print a mapping as lines of 80 columns, rows as a table, anything else as it is."""
     from tabulate import tabulate
 
-    if isinstance(found, Mapping):
-        typer.echo(tabulate(found.items(), tablefmt="plain"))
-    elif isinstance(found, str):
-        typer.echo(found)
-    elif hasattr(found, "columns") or isinstance(found, Iterable):
+    if isinstance(found, Mapping):  # long words are paths, to be copied
+        whole = {"break_long_words": False, "break_on_hyphens": False}
+        typer.echo(tabulate(found.items(), tablefmt="plain", maxcolwidths=[None, 58], **whole))
+    elif isinstance(found, Iterable) and not isinstance(found, str):
         typer.echo(tabulate(found, headers="keys", tablefmt="simple", showindex=False))
     else:
         typer.echo(found)

@@ -60,16 +60,18 @@ def parse_seeds(text: str) -> list[int]:
 def parse_rows(text: str, profile: str) -> list[str]:
     """Read rows of the tables: ``"full,w/o N1"``; ``"all"``: each one that the profile can run.
 
+    Nothing means those that the profile trains by default.
+
     Raises:
         ValueError: an unknown row, with the near ones, or one that is not for this profile.
     """
-    from conki_lib.ablation import VARIANTS, configure, why_not
+    from conki_lib.ablation import VARIANTS, configure, default_rows, why_not
 
     if text == "all":
         base = RunConfig.from_profile(profile)
         possible = [name for name in VARIANTS if why_not(base, name) is None]
         return [name for name in possible if configure(profile, name).variant == name]
-    rows = [part.strip() for part in text.split(",") if part.strip()]
+    rows = [part.strip() for part in text.split(",") if part.strip()] or default_rows(profile)
     for row in rows:
         configure(profile, row)
     return rows
@@ -227,13 +229,13 @@ def only_plans(arguments: Sequence[str]) -> bool:
 
 
 def command(
-    profile: str, *, rows: str = "", seeds: str = "", cores: int = 2, fresh: bool = False,
-    extra: Sequence[str] = (),
+    profile: str, *, rows: str = "", seeds: str = "", folds: str = "", cores: int = 2,
+    fresh: bool = False, extra: Sequence[str] = (),
 ) -> list[str]:  # fmt: skip
-    """The Snakemake call of one pipeline; empty rows and seeds are left to the Snakefile."""
-    given = {"profile": profile, "rows": rows, "seeds": seeds, "fresh": "1" if fresh else ""}
+    """The Snakemake call of one pipeline; empty rows, seeds and folds are left to the Snakefile."""
+    given = {"profile": profile, "rows": rows, "seeds": seeds, "folds": folds}
     # jobs of half the threads, side by side, end sooner than one after the other with all
-    given |= {"threads": str(max(1, cores // 2))}
+    given |= {"fresh": "1" if fresh else "", "threads": str(max(1, cores // 2))}
     settings = [f"{name}={value!r}" for name, value in given.items() if value]
     start = [sys.executable, "-m", "snakemake", "--directory", str(ROOT)]
     start += ["--snakefile", str(ROOT / "Snakefile"), "--nolock", "--cores", str(cores)]
@@ -247,7 +249,7 @@ def start(profile: str, *, fresh: bool = False, extra: Sequence[str] = (), **opt
         profile: ``configs/<profile>.yml``.
         fresh: train, whatever records are committed; earlier runs move to ``runs/replaced/``.
         extra: further arguments for Snakemake, such as targets or ``--dry-run``.
-        **options: `rows`, `seeds` and `cores` of `command`.
+        **options: `rows`, `seeds`, `folds` and `cores` of `command`.
 
     Raises:
         FileNotFoundError: no such profile.
@@ -255,7 +257,7 @@ def start(profile: str, *, fresh: bool = False, extra: Sequence[str] = (), **opt
         ValueError: no such row, no seeds, or `extra` holds ``--config``, which would replace all
             other settings.
     """
-    parse_rows(options.get("rows") or "full", profile)
+    parse_rows(options.get("rows", ""), profile)
     parse_seeds(options.get("seeds") or "1")
     if any(re.match("--config(=|$)|-C", word) for word in extra):
         raise ValueError("--config is taken: call `snakemake --cores 2 --config ...` itself")
@@ -302,7 +304,7 @@ def machine() -> dict[str, str]:
             f"cpu, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"
         )
         fast = torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    bf16 = "bf16" if fast else "bf16 (works, but this device has no instructions for it)"
+    bf16 = "bf16" if fast else "bf16 (slow: no instructions for it here)"
     return {
         **{name: str(value) for name, value in provenance()["versions"].items()},
         "device": device,

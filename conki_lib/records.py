@@ -69,6 +69,11 @@ class Record:
         return self.code == code_hash()
 
     @property
+    def rank(self) -> tuple[bool, bool, str]:
+        """Which of several answers a configuration: today's code first, then local, then newest."""
+        return self.is_current, self.folder is not None, self.provenance.get("finished", "")
+
+    @property
     def model_path(self) -> Path | None:
         """The trained weights, where they are on this machine (they are never committed)."""
         path = self.folder / "model.safetensors" if self.folder else None
@@ -221,9 +226,8 @@ def local_records(profile: str) -> list[Record]:
 def committed_records(profile: str, *, tuning: bool = False) -> list[Record]:
     """The records of ``results/<profile>/``, whatever code made them."""
     path = results_dir(profile) / ("tuning.jsonl" if tuning else "records.jsonl")
-    return (
-        [Record.from_json(line) for line in path.read_text().splitlines()] if path.is_file() else []
-    )
+    lines = path.read_text().splitlines() if path.is_file() else []
+    return [Record.from_json(line) for line in lines]
 
 
 def load_records(profile: str) -> list[Record]:
@@ -239,13 +243,10 @@ def find_record(config: RunConfig, stage: int = 2) -> Record | None:
 
 
 def _best(records: list[Record]) -> list[Record]:
-    def rank(r: Record) -> tuple:
-        return r.is_current, r.folder is not None, r.provenance.get("finished", "")
-
     best: dict[str, Record] = {}
     for record in records:
         held = best.get(record.config_key)
-        if held is None or rank(record) >= rank(held):
+        if held is None or record.rank >= held.rank:
             best[record.config_key] = record
     return sorted(best.values(), key=lambda r: (r.stage, r.variant, r.fold, r.seed, r.config_key))
 
@@ -253,7 +254,8 @@ def _best(records: list[Record]) -> list[Record]:
 def merge(profile: str) -> Path:
     """Collect finished local runs into ``results/<profile>/``; nothing committed is lost.
 
-    Tuning runs go to ``tuning.jsonl`` and never to the predictions.
+    A committed record stays, provenance included, where an equal run was made again. Tuning runs
+    go to ``tuning.jsonl`` and never to the predictions.
 
     Returns:
         The path of ``records.jsonl``.
@@ -265,12 +267,19 @@ def merge(profile: str) -> Path:
         tuning = [r for r in local if r.settings["tuning"]]
         final = [r for r in local if not r.settings["tuning"]]
         if tuning:
-            kept = _best([*committed_records(profile, tuning=True), *tuning])
-            write_text(target / "tuning.jsonl", "".join(r.to_json() + "\n" for r in kept))
-        kept = _best([*committed_records(profile), *final])
-        path = write_text(target / "records.jsonl", "".join(r.to_json() + "\n" for r in kept))
+            _merge_records(target / "tuning.jsonl", committed_records(profile, tuning=True), tuning)
+        path = target / "records.jsonl"
+        kept = _merge_records(path, committed_records(profile), final)
         _merge_predictions(profile, [r for r in kept if r.stage == 2])
     return path
+
+
+def _merge_records(path: Path, committed: list[Record], local: list[Record]) -> list[Record]:
+    """Write the best of all; where equal, as committed: a rerun leaves the file as it was."""
+    kept, held = _best([*committed, *local]), {r.key: r for r in committed}
+    written = [held[r.key] if held.get(r.key) == r else r for r in kept]
+    write_text(path, "".join(r.to_json() + "\n" for r in written))
+    return kept
 
 
 def _merge_predictions(profile: str, kept: list[Record]) -> None:

@@ -17,12 +17,11 @@ from scipy import stats
 
 from conki_lib.config import ROOT
 from conki_lib.data import corpus_path, open_store
-from conki_lib.metrics import MOSI_METRICS, SIMS_METRICS, mosi_metrics, sims_metrics
+from conki_lib.metrics import _SIMS_EDGES, MOSI_METRICS, SIMS_METRICS, mosi_metrics, sims_metrics
 
 METRICS = {"mosi": MOSI_METRICS, "sims": SIMS_METRICS}
 SMALLER_IS_BETTER = ("mae",)
 KEYS = ["fold", "variant", "seed", "split"]
-_SIMS_EDGES = {"acc5": (-0.7, -0.1, 0.1, 0.7), "acc3": (-0.1, 0.1), "acc2": (0.0,)}
 PUBLISHED = {"mosi": "mosi", "mosi-open": "mosi", "mosei": "mosei", "sims": "sims"}
 
 

@@ -28,7 +28,8 @@ from torch import Tensor
 
 from conki_lib.pairs import relate, rows_of
 
-TILE = 768  # rows of a tile, at most
+TILE = 768  # rows of a tile, at most: a CPU's caches want small ones
+GPU_TILE = 4096  # to start a small product takes a GPU longer than the product
 FP32_REACH = 70.0  # up to exp(+-70) E and its sums are normal fp32 numbers; beyond, E is float64
 
 
@@ -90,27 +91,28 @@ class ClosedForm:
         if gather:
             flat, y = torch.cat([flat, others(flat)]), torch.cat([y, others(y)])
         self.tau, self.form, self.n1, self.without, self.gather = tau, form, n1, without, gather
+        self.tile = GPU_TILE if flat.is_cuda else TILE
         self.mixed = n1 == "symmetric" and not without
         self.rows, self.order = rows_of(y, names), None
         if not self.mixed:
             foreign = self.rows.row >= self.own
             self.order = (2 * foreign + ~self.rows.pan).sort(stable=True).indices
             self.rows, flat = self.rows.at(self.order), flat[self.order]
-        self.length = torch.cat([lengths(part) for part in flat.split(TILE)])
+        self.length = torch.cat([lengths(part) for part in flat.split(self.tile)])
         self.z = flat / self.length if self.mixed else flat.div_(self.length)
         self.wide = torch.float64 if 1 / tau > FP32_REACH else self.z.dtype
         self.plan = list(self._plan(list(self._blocks(names, len(y)))))
         self.groups = list(self._groups())
 
     def _blocks(self, names: Sequence[str], n_samples: int) -> Iterator[Block]:
-        """Cut the ordered rows into blocks of at most `TILE` rows."""
+        """Cut the ordered rows into blocks of at most `tile` rows."""
         n_pan, stop = sum(name.startswith("O") for name in names), 0
         kinds = [(True, n_pan), (False, len(names) - n_pan)]
         for own, n in ((True, self.shape[0]), (False, n_samples - self.shape[0])):
             for pan, k in [(None, len(names))] if self.mixed else kinds:
                 start, stop = stop, stop + n * k
-                for first in range(start, stop, TILE):
-                    yield Block(slice(first, min(first + TILE, stop)), pan, own)
+                for first in range(start, stop, self.tile):
+                    yield Block(slice(first, min(first + self.tile, stop)), pan, own)
 
     def _plan(self, blocks: list[Block]) -> Iterator[Tile]:
         """List the tiles: each own block with itself, the own blocks after it, all foreign ones."""
@@ -207,7 +209,8 @@ class ClosedForm:
         return T / self.tau, n
 
     def _own_parts(self) -> list[slice]:
-        return [slice(i, min(i + TILE, self.own)) for i in range(0, self.own, TILE)]
+        starts = range(0, self.own, self.tile)
+        return [slice(i, min(i + self.tile, self.own)) for i in starts]
 
     def pool(self, sums: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Add up the sums of units; return the loss, and a and b of the rows."""
@@ -254,7 +257,7 @@ class ClosedForm:
     def _through_length(self, dz: Tensor) -> Tensor:
         """Turn the gradient by z into that by x = ||x|| z, in the order and shape of `reps`."""
         own = (dz, self.z[: self.own], self.length[: self.own])
-        for g, z, length in zip(*(x.split(TILE) for x in own), strict=True):
+        for g, z, length in zip(*(x.split(self.tile) for x in own), strict=True):
             g.addcmul_(torch.linalg.vecdot(g, z)[:, None], z, value=-1)
             g /= self.tau * length
         if self.gather:

@@ -91,12 +91,19 @@ def make_tiny_store(tmp_path: Path) -> Callable[..., Path]:
 def make_tiny_bert(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., str]:
     """A function that saves a small randomly initialised BERT to a folder and returns its name.
 
-    ``make_tiny_bert(layers=2, d=16, language="en", pooler=True)``; equal calls share one folder.
+    ``make_tiny_bert(layers=2, d=16, language="en", pooler=True, dropout=0.1)``; equal calls share
+    one folder.
     """
     made: dict[tuple, str] = {}
 
-    def make(layers: int = 2, d: int = 16, language: str = "en", pooler: bool = True) -> str:
-        key = (layers, d, language, pooler)
+    def make(
+        layers: int = 2,
+        d: int = 16,
+        language: str = "en",
+        pooler: bool = True,
+        dropout: float = 0.1,
+    ) -> str:
+        key = (layers, d, language, pooler, dropout)
         if key not in made:
             made[key] = str(tmp_path_factory.mktemp("bert"))
             _save_bert(Path(made[key]), *key)
@@ -105,7 +112,9 @@ def make_tiny_bert(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., st
     return make
 
 
-def _save_bert(folder: Path, layers: int, d: int, language: str, pooler: bool) -> None:
+def _save_bert(
+    folder: Path, layers: int, d: int, language: str, pooler: bool, dropout: float
+) -> None:
     from transformers import BertConfig, BertModel, BertTokenizer
 
     pieces = {
@@ -122,6 +131,8 @@ def _save_bert(folder: Path, layers: int, d: int, language: str, pooler: bool) -
         num_attention_heads=2,
         intermediate_size=2 * d,
         max_position_embeddings=32,
+        hidden_dropout_prob=dropout,
+        attention_probs_dropout_prob=dropout,
     )
     with torch.random.fork_rng():
         torch.manual_seed(0)
@@ -150,7 +161,7 @@ def tiny_config(make_tiny_bert: Callable[..., str]) -> Callable[..., "ModelConfi
             fusion_width=4,
         )
         if "text_backbone" not in changes:
-            small["text_backbone"] = make_tiny_bert()
+            small["text_backbone"] = make_tiny_bert(dropout=0.0)
         return ModelConfig(**{**small, **changes})
 
     return make

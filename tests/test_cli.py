@@ -1,5 +1,7 @@
 """The `conki` command: errors without tracebacks, and what each command passes on."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import nbformat
@@ -43,14 +45,29 @@ def test_train_runs_one_row_and_prints_its_metrics(conki, monkeypatch):
     asked = []
 
     def run(config, *, weights):
-        asked.append((config.variant, config.runtime.seed, weights))
+        asked.append((config.variant, config.runtime.seed, config.data.fold, weights))
         return SimpleNamespace(metrics={"valid": {"mae": 0.5}, "test": {"mae": 0.75}})
 
     monkeypatch.setattr(ablation, "run_or_load", run)
-    result = conki("train", "--profile", "mosi-open", "--variant", "w/o N1", "--seed", 3)
-    assert asked == [("w/o N1", 3, True)]
+    options = ("--profile", "mosi-open", "--variant", "w/o N1")
+    result = conki("train", *options, "--seed", 3)
+    conki("train", *options, "--fold", "speakers62")
+    assert asked == [("w/o N1", 3, "standard", True), ("w/o N1", 0, "speakers62", True)]
     assert result.exit_code == 0 and "0.75" in result.stdout
     assert failed(conki("train", "--variant", "w/o N3"), "w/o N1")
+
+
+@pytest.mark.parametrize(
+    ("row", "words"),
+    [
+        ("batch_size=0.5", "stage2.batch_size cannot be 0.5: Input should be a valid integer"),
+        ("tau=0.001", "contrast.tau cannot be 0.001: Input should be greater"),
+    ],
+)
+def test_a_value_that_a_setting_cannot_have_is_one_line(conki, row, words):
+    for command in (("train", "--variant", row), ("pipeline", "--rows", f"full,{row}")):
+        result = conki(*command)
+        assert failed(result, words) and result.stderr.count("\n") == 1
 
 
 def test_run_executes_a_notebook_with_typed_parameters(conki, tmp_path):
@@ -96,6 +113,15 @@ def test_doctor_says_device_corpora_and_backbone(conki):
     assert result.exit_code == 0, result.output
     for word in ("torch", "device", "precision", "mosi-open", "missing", "text backbone"):
         assert word in result.stdout
+    for line in result.stdout.splitlines():
+        assert len(line) <= 80 or max(line.split(), key=len).startswith(("/", "`/")), line
+
+
+def test_a_reader_that_has_seen_enough_is_no_error():
+    call = [sys.executable, "-m", "conki_lib.cli", "doctor"]
+    with subprocess.Popen(call, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as conki:
+        conki.stdout.close()  # before anything is written
+        assert conki.stderr.read() == ""
 
 
 def test_merge_and_results_of_a_profile_without_runs(conki, tmp_path, monkeypatch):

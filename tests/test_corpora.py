@@ -216,7 +216,7 @@ def test_status(root):
     assert rows["pom-open"]["how"] == "run `conki fetch pom-open`" or (
         rows["pom-open"]["state"] == "present"
     )
-    assert rows["sims"]["state"] == "damaged" and "missing" in rows["sims"]["problem"]
+    assert rows["sims"]["state"] == "damaged" and "missing" in rows["sims"]["how"]
     shutil.rmtree(root / "sims")
 
 
@@ -302,9 +302,9 @@ def test_mosi_open_vision_knows_labels_of_videos_its_extractor_saw(mosi):
 
 
 def test_labels_that_do_not_meet_their_transcripts_stop_the_build(root, monkeypatch):
-    monkeypatch.setattr(open_corpora, "python2_dict_order", lambda keys: list(keys))
-    files = {file: root / "downloads" / file for file in CORPORA["mosi-open"].files}
     fetch("mosi-open", root)
+    files = {file: root / "downloads" / file for file in CORPORA["mosi-open"].files}
+    monkeypatch.setattr(open_corpora, "python2_dict_order", lambda keys: list(keys))
     with pytest.raises(ValueError, match="labels agree in sign"):
         open_corpora.read_mosi_open(files)
 

@@ -212,12 +212,6 @@ def test_sequence_errors_name_the_setting(tiny_config):
 def _encode(m, config, batch, dtype, training):
     torch.manual_seed(0)
     encoder = TextEncoder(config) if m == "t" else SequenceEncoder(config, m)
-    for module in encoder.modules():  # BERT brings dropout of its own
-        if isinstance(module, torch.nn.Dropout):
-            module.p = 0.0
-    if m == "t":
-        for layer in encoder.backbone.encoder.layer:
-            layer.attention.self.dropout.p = 0.0
     encoder.to(dtype).train(training)
     x = batch.inputs[m] if m == "t" else batch.inputs[m].to(dtype)
     with torch.set_grad_enabled(training):

@@ -287,7 +287,7 @@ def test_auto_keeps_similarities_only_under_the_cap(monkeypatch, cap, computed):
         tiles.ClosedForm, "scores", lambda self, t: calls.append(t) or scores(self, t)
     )
     with_gradient(contrastive_loss, random_reps(4), torch.zeros(4), method="auto")
-    assert len(calls) == computed * 3  # O with O, O with A, A with A
+    assert len(calls) == computed
 
 
 def test_log_f_is_cosine_over_temperature():

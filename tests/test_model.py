@@ -24,18 +24,11 @@ SUBSETS = [c for k in (1, 2, 3) for c in itertools.combinations("tva", k)]
 
 @pytest.fixture
 def make_model(tiny_config):
-    """A function that builds a seeded model of a tiny configuration, without dropout in BERT."""
+    """A function that builds a seeded model of a tiny configuration."""
 
     def make(seed=0, **changes):
         torch.manual_seed(seed)
-        model = build_model(tiny_config(**changes))
-        for module in model.modules():
-            if isinstance(module, torch.nn.Dropout):
-                module.p = 0.0
-        if "t" in model.encoders:
-            for layer in model.encoders["t"].backbone.encoder.layer:
-                layer.attention.self.dropout.p = 0.0
-        return model
+        return build_model(tiny_config(**changes))
 
     return make
 
@@ -270,8 +263,9 @@ def test_stage_1_changes_adapters_and_heads_only(make_model, toy_batch):
     assert model.adapters["t"].training
 
 
-def test_stage_1_reads_no_dropout_of_frozen_backbones(tiny_config, toy_batch):
-    model = build_model(tiny_config(encoder_dropout=0.5))
+def test_stage_1_reads_no_dropout_of_frozen_backbones(make_tiny_bert, tiny_config, toy_batch):
+    backbone = make_tiny_bert(dropout=0.5)
+    model = build_model(tiny_config(text_backbone=backbone, encoder_dropout=0.5))
     freeze_for_injection(model)
     model.train()
     first, second = model.encode(toy_batch()), model.encode(toy_batch())

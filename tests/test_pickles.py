@@ -308,6 +308,24 @@ def test_a_streamed_file_is_an_ordinary_pickle(tmp_path: Path) -> None:
         assert found["train"]["t"] == ["a"]
 
 
+def test_a_text_that_names_numpy_is_written_as_it_is(tmp_path: Path) -> None:
+    words = ["cnumpy._core.multiarray\nscalar\n", "x" * 300 + "cnumpy._core."]
+    value = {
+        "t": words,
+        "y": [np.float32(0.5), np.array([1.0, 2.0])],
+        "cnumpy._core.": b"cnumpy._core.",
+    }
+    with (tmp_path / "x.pkl").open("wb") as file:
+        write_pickle(file, value)
+    data = (tmp_path / "x.pkl").read_bytes()
+    named = [arg for op, arg, _ in pickletools.genops(data) if op.name == "GLOBAL"]
+    assert named and not any("_core" in name for name in named)  # numpy 1 finds them too
+    for read in (lambda path: pickle.loads(path.read_bytes()), read_pickle):
+        found = plain(read(tmp_path / "x.pkl"))
+        assert found["t"] == words and found["cnumpy._core."] == b"cnumpy._core."
+        assert found["y"][0] == 0.5 and found["y"][1].tolist() == [1.0, 2.0]
+
+
 def test_blocks_must_fill_the_shape(tmp_path: Path) -> None:
     with (tmp_path / "x.pkl").open("wb") as file, pytest.raises(ValueError, match="differ from it"):
         write_pickle(file, StreamedArray((3, 2), np.dtype("f4"), [np.zeros((2, 2))]))

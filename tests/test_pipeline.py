@@ -36,6 +36,8 @@ def test_rows():
     everything = pipeline.parse_rows("all", "mosi-open")
     assert {"full", "w/o N1", "text-only"} <= set(everything) and "v" not in everything
     assert "ta" not in everything  # is full there
+    assert pipeline.parse_rows("", "synthetic") == ["full", "w/o C4"]
+    assert pipeline.parse_rows("", "mosi-open") == ["full", "w/o C4", "text-only"]
     with pytest.raises(ValueError, match=r"'w/o C5'.*did you mean"):
         pipeline.parse_rows("full,w/o C5", "synthetic")
     with pytest.raises(ValueError, match="the profile has no v"):
@@ -228,11 +230,14 @@ def test_the_command_leaves_defaults_to_the_snakefile():
     plain = pipeline.command("synthetic", cores=3)
     assert plain[plain.index("--cores") + 1] == "3"
     assert plain[plain.index("--config") + 1 :] == ["profile='synthetic'", "threads='1'"]
-    more = pipeline.command("synthetic", rows="full,w/o N1", seeds="5", extra=["--dry-run"])
+    more = pipeline.command(
+        "synthetic", rows="full,w/o N1", seeds="5", folds="a,b", extra=["--dry-run"]
+    )
     assert "--dry-run" in more
     assert more[more.index("--config") + 1 :][1:] == [
         "rows='full,w/o N1'",
         "seeds='5'",
+        "folds='a,b'",
         "threads='1'",
     ]
 

@@ -209,6 +209,20 @@ def test_git_ignores_downloads_and_runs_but_not_the_library():
     assert not {"data/", "data"} & set(lines)
 
 
+def test_every_page_of_the_book_is_there():
+    def pages(part):
+        if isinstance(part, list):
+            return [page for inner in part for page in pages(inner)]
+        inner = [part.get(key, []) for key in ("parts", "chapters", "sections")]
+        return [part[key] for key in ("root", "file", "glob") if key in part] + pages(inner)
+
+    found = pages(yaml.safe_load((ROOT / "docs/_toc.yml").read_text()))
+    assert {"README", "notebooks/*", "docs/AUDIT"} <= set(found)
+    assert all(list(ROOT.glob(f"{page}.*")) for page in found)
+    config = yaml.safe_load((ROOT / "docs/_config.yml").read_text())
+    assert config["execute"]["execute_notebooks"] == "off"
+
+
 def test_profiles_are_readable_and_every_line_has_its_reason():
     from conki_lib.config import RunConfig
 

@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from conki_lib import fitting, records, states, training
 from conki_lib.config import RunConfig
@@ -189,6 +189,24 @@ def test_missing_modality_and_corpus_are_named(world, make_tiny_store):
     assert not list(records.runs_dir("tiny").glob("*/record.json"))
 
 
+def test_a_gpu_that_is_not_there_is_named_before_anything_is_written(world, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ValueError, match="finds no GPU: set device to auto or cpu"):
+        training.fine_tune(world.replace(device="cuda"))
+    assert not records.runs_dir("tiny").exists()
+
+
+def test_other_weights_under_the_same_name_are_another_run(world, tmp_path):
+    folder = tmp_path / "bert"
+    shutil.copytree(world.model.text_backbone, folder)
+    config = world.replace(external=None, text_backbone=str(folder))
+    first = training.fine_tune(config)
+    weights = load_file(folder / "model.safetensors")
+    save_file({k: v + 0.5 for k, v in weights.items()}, folder / "model.safetensors")
+    second = training.fine_tune(config)
+    assert first.config_key == second.config_key and first.key != second.key
+
+
 def test_weights_of_committed_records_are_asked_for_by_name(world):
     training.fine_tune(world)
     records.merge("tiny")
@@ -218,6 +236,30 @@ def test_merge_keeps_what_was_committed(world, tmp_path, monkeypatch):
     records.merge("tiny")
     assert {r.seed for r in records.committed_records("tiny")} == {0, 5}
     assert len(records.predictions("tiny")) == 16
+
+
+def test_an_equal_run_leaves_the_committed_record_and_another_replaces_it(
+    world, tmp_path, monkeypatch
+):
+    def committed() -> str:
+        return records.merge("tiny").read_text()
+
+    world = world.replace(external=None)
+    training.fine_tune(world)
+    first = committed()
+    predicted = (records.results_dir("tiny") / "predictions.parquet").read_bytes()
+    monkeypatch.setenv("CONKI_RUNS", str(tmp_path / "again"))
+    path = training.fine_tune(world).folder / "record.json"
+    path.write_text(path.read_text().replace('"finished": "2', '"finished": "3'))
+    assert committed() == first
+    assert (records.results_dir("tiny") / "predictions.parquet").read_bytes() == predicted
+    path.write_text(path.read_text().replace('"best_epoch": ', '"best_epoch": 1'))
+    assert committed() != first  # the run of this machine wins where results differ
+    monkeypatch.setattr(records, "code_hash", lambda: "tomorrow")
+    training.fine_tune(world)
+    assert {r.code for r in records.committed_records("tiny")} != {"tomorrow"}
+    committed()
+    assert {r.code for r in records.committed_records("tiny")} == {"tomorrow"}
 
 
 def test_learning_rates_rise_and_fall():
@@ -255,15 +297,9 @@ STILL = dict(adapter_dropout=0.0, encoder_dropout=0.0, fusion_dropout=0.0, lam=0
 
 
 @pytest.fixture
-def still(world) -> RunConfig:
+def still(world, make_tiny_bert) -> RunConfig:
     """No dropout anywhere, so that only the order of additions can differ."""
-    folder = Path(world.model.text_backbone).with_name("still-bert")
-    if not folder.is_dir():
-        shutil.copytree(world.model.text_backbone, folder)
-        settings = json.loads((folder / "config.json").read_text())
-        settings |= {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
-        (folder / "config.json").write_text(json.dumps(settings))
-    return world.replace(text_backbone=str(folder), **STILL)
+    return world.replace(text_backbone=make_tiny_bert(dropout=0.0), **STILL)
 
 
 def assert_same_run(one, other):

@@ -298,17 +298,17 @@ def _refuse_pages(path: Path, origin: str) -> None:
 
 
 def status(root: Path | str | None = None) -> list[dict[str, Any]]:
-    """One row per corpus for `conki doctor`: present or not, what is in it, how to get it."""
+    """One row per corpus for `conki doctor`: present or not, what is in it, and what to do."""
     rows = []
     for name, corpus in CORPORA.items():
         path = corpus_path(name, root)
-        row = {"corpus": name, "title": corpus.title, "path": str(path), "state": "missing"}
-        row |= {"modalities": "".join(corpus.modalities), "counts": corpus.counts}
+        row = {"corpus": name, "state": "missing", "modalities": "".join(corpus.modalities)}
+        row |= {"counts": corpus.counts, "how": how_to_get(name, root)}
         if path.exists():
             try:
-                counts = open_store(path).info.counts.get("standard", {})
-                row |= {"state": "present", "counts": tuple(counts.get(s, 0) for s in SPLITS)}
+                n = open_store(path).info.counts.get("standard", {})
+                row |= {"state": "present", "counts": tuple(n.get(s, 0) for s in SPLITS), "how": ""}
             except (OSError, ValueError) as error:
-                row |= {"state": "damaged", "problem": str(error)}
-        rows.append(row | {"how": "" if row["state"] == "present" else how_to_get(name, root)})
+                row |= {"state": "damaged", "how": f"{error}; {row['how']}"}
+        rows.append(row)
     return rows

@@ -6,6 +6,7 @@ For tests and benchmarks: the values are noise. Large files are written in piece
 import json
 import pickle
 from collections.abc import Collection, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,8 @@ import numpy as np
 from conki_lib.config import MODALITY_NAMES
 from conki_lib.data.pickles import StreamedArray, write_pickle
 
-#: sizes of the published unaligned files: utterances, steps and widths
-MOSI = dict(counts=(1284, 229, 686), steps={"v": 500, "a": 375}, widths={"v": 20, "a": 5})
+#: sizes of the published unaligned file: utterances, steps and widths
 MOSEI = dict(counts=(16326, 1871, 4659), steps={"v": 500, "a": 500}, widths={"v": 35, "a": 74})
-SIMS = dict(counts=(1368, 456, 457), steps={"v": 55, "a": 400}, widths={"v": 709, "a": 33})
 
 DEFECTS = {
     "nan": "NaN in the third train sequence",
@@ -110,19 +109,15 @@ def _table(
     return columns
 
 
+@dataclass(frozen=True)
 class _Blocks:
     """Padded features of one split in blocks of rows; each pass gives the same values."""
 
-    def __init__(
-        self,
-        shape: tuple[int, int, int],
-        dtype: str,
-        lengths: np.ndarray,
-        defects: frozenset[str],
-        seed: tuple[int, ...],
-    ) -> None:
-        self.shape, self.dtype, self.lengths = shape, dtype, lengths
-        self.defects, self.seed = defects, seed
+    shape: tuple[int, int, int]
+    dtype: str
+    lengths: np.ndarray
+    defects: frozenset[str]
+    seed: tuple[int, ...]
 
     def __iter__(self) -> Iterator[np.ndarray]:
         rng = np.random.default_rng(self.seed)

@@ -18,6 +18,7 @@ import weakref
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from reprlib import repr as short
 from typing import Any, BinaryIO
@@ -200,11 +201,8 @@ class _Dtype:
             raise ValueError(
                 f"dtype {short(self.code)}; bool, int, float, str, bytes, object are read"
             )
-        return (
-            np.dtype(self.code)
-            if self.order == "|"
-            else np.dtype(self.code).newbyteorder(self.order)
-        )
+        found = np.dtype(self.code)
+        return found if self.order == "|" else found.newbyteorder(self.order)
 
     def build(self, state: Any) -> None:
         """Take the byte order of ``dtype.__setstate__``'s tuple; refuse structured dtypes."""
@@ -443,12 +441,18 @@ def _write(file: BinaryIO, value: Any) -> None:
 
 
 def _plain(value: Any) -> bytes:
-    """The opcodes of a value without header, memo and STOP, so that they can stand anywhere."""
+    """The opcodes of a value without header, memo and STOP, so that they can stand anywhere.
+
+    numpy's names become those of numpy 1, which numpy 2 knows; the same bytes in a text stay.
+    """
     buffer = io.BytesIO()
     pickler = pickle.Pickler(buffer, protocol=3)
     pickler.fast = True
     pickler.dump(value)
-    return buffer.getvalue()[2:-1].replace(b"cnumpy._core.", b"cnumpy.core.")
+    data = buffer.getvalue()
+    named = [at for op, _, at in pickletools.genops(data) if op.name == "GLOBAL"]
+    parts = (data[start:end] for start, end in pairwise([2, *named, len(data) - 1]))
+    return b"".join(re.sub(rb"^cnumpy\._core\.", b"cnumpy.core.", part) for part in parts)
 
 
 def _write_array(file: BinaryIO, array: StreamedArray) -> None:
