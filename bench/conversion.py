@@ -175,7 +175,7 @@ def processor() -> str:
 
 def sizes(fraction: float) -> dict:
     """The layout of unaligned MOSEI, float64, with a part of its utterances."""
-    from conki_lib.data.layouts import MOSEI
+    from layouts import MOSEI
 
     counts = tuple(max(2, round(n * fraction)) for n in MOSEI["counts"])
     return {**MOSEI, "counts": counts, "dtype": "f8"}
@@ -183,7 +183,7 @@ def sizes(fraction: float) -> dict:
 
 def generate(path: Path, fraction: float, protocol: int | None = None) -> dict:
     """Write a file; its size, that of its largest array, and the valid share of its frames."""
-    from conki_lib.data.layouts import write_mmsa_layout
+    from layouts import write_mmsa_layout
 
     options = sizes(fraction)
     write_mmsa_layout(path, protocol=protocol, **options)

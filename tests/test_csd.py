@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from layouts import CSD_ODDITIES, write_csd_layout
 from test_formats import ANY_FILE, WRONG
 
 from conki_lib.data import open_store
 from conki_lib.data.csd import CsdFile
 from conki_lib.data.formats import convert, inspect_path
-from conki_lib.data.layouts import CSD_ODDITIES, write_csd_layout
 from conki_lib.data.pickles import BadFile
 
 GARBAGE = {kind: WRONG[kind] for kind in ANY_FILE}

@@ -17,13 +17,13 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
+from layouts import DEFECTS, mmsa_layout, whole, write_csd_layout, write_mmsa_layout
 
 from conki_lib.config import MODALITY_NAMES
 from conki_lib.data import export_mmsa, open_store
 from conki_lib.data.formats import convert, inspect_path, recognise
 from conki_lib.data.frames import from_frame
 from conki_lib.data.inspection import audit
-from conki_lib.data.layouts import DEFECTS, mmsa_layout, whole, write_csd_layout, write_mmsa_layout
 from conki_lib.data.mmsa import RELEASES, Release, split_id
 from conki_lib.data.pickles import BadFile
 
