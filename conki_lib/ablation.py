@@ -34,7 +34,7 @@ _CONTROLS = {
 }  # fmt: skip
 # what a profile has beside configs/<profile>.yml, which all rows share:
 # (profile, row) -> values of its own: the best trials on the profile's validation split
-TUNED = {("mosi-open", "text-only"): {"lr_heads": 1e-3, "epochs": 8}}
+TUNED = {("mosi-open", "text-only"): {"lr_heads": 1e-3, "epochs": 12}}
 # profile -> rows trained by default beside full and w/o C4; there text carries nearly everything
 _BY_DEFAULT = {"mosi-open": ["text-only"]}
 
