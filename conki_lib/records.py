@@ -124,32 +124,33 @@ def slug(variant: str) -> str:
 # ---- identity -----------------------------------------------------------------------------------
 
 
-class _Essence(ast.NodeTransformer):
-    """Drop docstrings and the descriptions of settings."""
+def _essence(tree: Any) -> Any:
+    """A syntax tree as nested lists, alike in every version of Python.
 
-    def generic_visit(self, node: ast.AST) -> ast.AST:
-        super().generic_visit(node)
-        if isinstance(getattr(node, "body", None), list):
-            node.body = [s for s in node.body if not _is_string(s)] or [ast.Pass()]
-        if isinstance(node, ast.Call):
-            node.keywords = [k for k in node.keywords if k.arg != "description"]
-        return node
+    Fields that are empty are left out, since versions add some; so are docstrings and the
+    descriptions of settings.
+    """
+    if isinstance(tree, list):
+        return [_essence(part) for part in tree if not _is_words(part)]
+    if not isinstance(tree, ast.AST):
+        return repr(tree)
+    fields = ((name, value) for name, value in ast.iter_fields(tree) if value not in (None, []))
+    return [type(tree).__name__, *([name, _essence(value)] for name, value in fields)]
 
 
-def _is_string(statement: ast.stmt) -> bool:
-    value = getattr(statement, "value", None)
-    return isinstance(statement, ast.Expr) and isinstance(value, ast.Constant)
+def _is_words(part: Any) -> bool:
+    """A string that stands alone, or a ``description=``."""
+    if isinstance(part, ast.keyword):
+        return part.arg == "description"
+    return isinstance(part, ast.Expr) and isinstance(getattr(part.value, "value", None), str)
 
 
 @cache
 def code_hash() -> str:
     """Hash of the code that determines results; docstrings, comments and descriptions aside."""
-    package, digest = Path(__file__).parent, hashlib.sha256()
-    for path in (package / f"{module}.py" for module in RESULT_MODULES):
-        if path.is_file():
-            tree = _Essence().visit(ast.parse(path.read_text()))
-            digest.update(f"{path.stem}\n{ast.unparse(tree)}\n".encode())
-    return digest.hexdigest()[:12]
+    package = Path(__file__).parent
+    paths = (package / f"{module}.py" for module in RESULT_MODULES)
+    return _digest([[p.stem, _essence(ast.parse(p.read_text()))] for p in paths if p.is_file()])
 
 
 def _digest(value: Any) -> str:

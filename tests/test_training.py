@@ -1,5 +1,6 @@
 """Both stages on a tiny corpus with a tiny BERT: what is trained, resumed, repeated, refused."""
 
+import ast
 import json
 import os
 import shutil
@@ -360,3 +361,16 @@ def test_two_processes_give_what_one_gives(still, tmp_path, monkeypatch):
     together = training.fine_tune(still)
     assert together.provenance["processes"] == 2
     assert_same_run(alone, together)
+
+
+def test_the_hash_of_code_sees_what_decides_and_no_version_of_python():
+    code = 'def f(x=1):\n    """Words."""\n    return g(f"{x!r}", None, description="words")\n'
+    tree = records._essence(ast.parse(code))
+    for other, equal in (("x=2", False), ("x=1,", True), ("y=1", False)):
+        assert (tree == records._essence(ast.parse(code.replace("x=1", other)))) is equal
+    assert tree == records._essence(ast.parse(code.replace("Words", "Others")))
+    assert tree == records._essence(ast.parse(code.replace("words", "others")))
+    assert tree != records._essence(ast.parse(code.replace("None", "0")))
+    # a later version's empty fields would show here
+    function = ["FunctionDef", ["name", "'f'"], ["args", ["arguments"]], ["body", [["Pass"]]]]
+    assert records._essence(ast.parse("def f(): pass")) == ["Module", ["body", [function]]]
