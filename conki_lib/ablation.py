@@ -211,10 +211,11 @@ def _is_a_row(record: Record) -> bool:
 
 
 def run_table(records: Iterable[Record]) -> pd.DataFrame:
-    """One line per run: variant, group, seed, key, code, epoch, seconds, and the test metrics."""
+    """One line per run: variant, group, seed, key, code, device, epoch, seconds, test metrics."""
     lines = [
         {"variant": r.variant, "group": variant(r.variant).group, "seed": r.seed, "key": r.key,
-         "code": "current" if r.is_current else "older", "epoch": r.best_epoch,
+         "code": "current" if r.is_current else "older",
+         "device": r.provenance.get("device", ""), "epoch": r.best_epoch,
          "seconds": r.provenance.get("seconds"), **r.metrics.get("test", {})}
         for r in records
     ]  # fmt: skip
