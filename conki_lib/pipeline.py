@@ -77,15 +77,36 @@ def parse_rows(text: str, profile: str) -> list[str]:
     return rows
 
 
+def parse_folds(text: str, profile: str) -> list[str]:
+    """Read folds separated by commas; where none is given, the profile's.
+
+    Raises:
+        ValueError: the target corpus, where it is on this machine, has no such fold.
+    """
+    data = RunConfig.from_profile(profile).data
+    folds = [part.strip() for part in text.split(",") if part.strip()] or [data.fold]
+    if folds != [data.fold]:
+        from conki_lib.data import corpus_path, open_store  # loads PyTorch
+
+        path = corpus_path(data.target)
+        for fold in folds if (path / "info.json").is_file() else ():
+            open_store(path, fold)
+    return folds
+
+
 def is_finished(config: RunConfig, stage: int) -> bool:
-    """Does the record of this run exist, for the data and the code as they are now?"""
+    """Does the record of this run exist, for data, backbone and code as they are now?"""
+    from conki_lib.encoders import backbone_fingerprint
     from conki_lib.training import resolve
 
     try:
         resolved, stores = resolve(config)
+        data = {name: store.fingerprint for name, store in stores.items()}
+        if "t" in resolved.model.modalities:
+            name = resolved.model.text_backbone
+            data[name] = backbone_fingerprint(name)
     except FileNotFoundError:
-        return False  # no data yet
-    data = {name: store.fingerprint for name, store in stores.items()}
+        return False  # no data yet, or no backbone
     return (run_folder(resolved, stage, data) / "record.json").is_file()
 
 
@@ -254,11 +275,12 @@ def start(profile: str, *, fresh: bool = False, extra: Sequence[str] = (), **opt
     Raises:
         FileNotFoundError: no such profile.
         RuntimeError: another pipeline works in this folder.
-        ValueError: no such row, no seeds, or `extra` holds ``--config``, which would replace all
-            other settings.
+        ValueError: no such row, no seeds, no folds, or `extra` holds ``--config``, which would
+            replace all other settings.
     """
     parse_rows(options.get("rows", ""), profile)
     parse_seeds(options.get("seeds") or "1")
+    parse_folds(options.get("folds", ""), profile)
     if any(re.match("--config(=|$)|-C", word) for word in extra):
         raise ValueError("--config is taken: call `snakemake --cores 2 --config ...` itself")
     if not only_plans(extra):

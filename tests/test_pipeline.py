@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from conki_lib import config as settings
-from conki_lib import pipeline, records
+from conki_lib import pipeline, records, training
 from conki_lib.config import RunConfig
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -44,26 +44,22 @@ def test_rows():
         pipeline.parse_rows("v", "mosi-open")
 
 
-def test_finished_is_what_has_a_record_for_these_data_and_this_code(
-    tmp_path, monkeypatch, make_tiny_store
-):
-    monkeypatch.setenv("CONKI_DATA", str(tmp_path))
-    monkeypatch.setenv("CONKI_RUNS", str(tmp_path / "runs"))
-    config = RunConfig(target="toy", external=None, modalities="va")
-    assert not pipeline.is_finished(config, 2)  # no data yet
-    make_tiny_store("toy")
-    assert not pipeline.is_finished(config, 2)
+def test_finished_is_what_training_would_load(world, monkeypatch):
+    assert not pipeline.is_finished(world.replace(target="nowhere"), 2)  # no data yet
+    assert not pipeline.is_finished(world.replace(text_backbone="./nowhere"), 2)
+    assert not pipeline.is_finished(world, 1)
+    record = training.fine_tune(world)
+    assert pipeline.is_finished(world, 1) and pipeline.is_finished(world, 2)
+    assert not pipeline.is_finished(world.replace(lam=0.5), 2)
+    (record.folder / "record.json").unlink()
+    assert not pipeline.is_finished(world, 2)  # interrupted
 
-    from conki_lib.training import resolve
 
-    resolved, stores = resolve(config)
-    data = {name: store.fingerprint for name, store in stores.items()}
-    folder = records.run_folder(resolved, 2, data)
-    folder.mkdir(parents=True)
-    assert not pipeline.is_finished(config, 2)  # interrupted
-    (folder / "record.json").write_text("{}")
-    assert pipeline.is_finished(config, 2)
-    assert not pipeline.is_finished(config.replace(lam=0.5), 2)
+def test_folds_are_checked_where_the_corpus_is_here(world, monkeypatch):
+    monkeypatch.setattr(pipeline.RunConfig, "from_profile", lambda profile: world)
+    assert pipeline.parse_folds("", "tiny") == pipeline.parse_folds("standard,", "tiny")
+    with pytest.raises(ValueError, match="nosuch"):
+        pipeline.parse_folds("standard,nosuch", "tiny")
 
 
 def test_committed_is_what_a_record_by_todays_code_answers(tmp_path, monkeypatch):
