@@ -113,6 +113,8 @@ def batch(B: int, kind: str = "random") -> tuple[Tensor, Tensor]:
         reps += centres[y + 3, None]
     if kind == "collapsed":
         reps = centres[0] + 0.2 * reps
+    if kind == "one point":
+        reps, y = centres[0] + 0.01 * reps, torch.zeros_like(y)
     return reps, y.float()
 
 
@@ -356,7 +358,7 @@ def peak() -> int:
 def accuracy(B: int = 128) -> list[dict]:
     """The fp32 gradient against float64: relative error in norm, the largest over temperatures."""
     rows = []
-    for kind in ("random", "clustered", "collapsed"):
+    for kind in ("random", "clustered", "collapsed", "one point"):
         reps, y = batch(B, kind)
         for method in ("dense", "tiled", "auto"):
             for tau in (0.01, 0.0125, 0.0142, 0.015, 0.03, 0.07, 0.3, 1.0):
@@ -645,7 +647,8 @@ Between its two largest batches it grows: {growth}.
 ## Error of the fp32 gradient
 
 Against float64, relative in norm, B = 128, the largest over temperatures from 0.01 to 1. Clustered:
-one centre per class, cosine about .5. Collapsed: x = c + 0.2 noise.
+one centre per class, cosine about .5. Collapsed: x = c + 0.2 noise. One point: all of one
+class, x = c + 0.01 noise; sums over positives and over all pairs nearly cancel there.
 
 {errors}
 """
@@ -669,8 +672,8 @@ GPU_TEXTS = {
     "care": """The GPU is waited for after every
 call, so that launching counts too. The compiled variant is the dense loss, masks included, in one
 graph per batch size; compilation itself is not in the time. It holds R x R numbers, which tiles
-avoid. Where starting kernels decides (B = {small}), it saves {saved:.1f} ms of `auto`; where products
-do (B = {large}), it takes {lost:.1f} ms more. A whole step at the released shapes takes many times
+avoid. Where starting kernels decides (B = {small}), it saves {saved:.1f} ms of `auto`; where
+products do (B = {large}), it takes {lost:.1f} ms more. A whole step at the released shapes takes many times
 that (training_step), and each batch size, the last one of an epoch too, would be compiled anew: the
 library has no such path. Starting kernels is the processor's part: a load above 1 before the start
 disturbs the small sizes. The loss keeps a GPU from TF32, and so does this benchmark, limits
