@@ -673,11 +673,11 @@ GPU_TEXTS = {
 call, so that launching counts too. The compiled variant is the dense loss, masks included, in one
 graph per batch size; compilation itself is not in the time. It holds R x R numbers, which tiles
 avoid. Where starting kernels decides (B = {small}), it saves {saved:.1f} ms of `auto`; where
-products do (B = {large}), it takes {lost:.1f} ms more. A whole step at the released shapes takes many times
-that (training_step), and each batch size, the last one of an epoch too, would be compiled anew: the
-library has no such path. Starting kernels is the processor's part: a load above 1 before the start
-disturbs the small sizes. The loss keeps a GPU from TF32, and so does this benchmark, limits
-included. An empty cell was not run, or failed.""",
+products do (B = {large}), it takes {lost:.1f} ms more. A whole step at the released shapes takes
+many times that (training_step), and each batch size, the last one of an epoch too, would be
+compiled anew: the library has no such path. Starting kernels is the processor's part: a load above
+1 before the start disturbs the small sizes. The loss keeps a GPU from TF32, and so does this
+benchmark, limits included. An empty cell was not run, or failed.""",
     "times": """How many times the time of `auto`:
 
 {over_auto}""",
