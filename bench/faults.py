@@ -27,6 +27,8 @@ from collections import Counter
 from hashlib import sha256
 from pathlib import Path
 
+from layouts import save_bert
+
 HERE = Path(__file__).resolve().parents[1]
 KILLS, PROFILE, ROWS = 20, "tiny", "full"
 LONGEST = 75.0  # seconds until a kill at most; on a busy machine the whole takes longer
@@ -38,6 +40,7 @@ SETTINGS = dict(
     max_tokens=24, stage1_epochs=5, epochs=8, batch_size=24, stage1_batch_size=24,
     precision="fp32", device="cpu",
 )  # fmt: skip
+WORDS = "the it is was i not a great dull fine , . ##ly".split()
 MADE = ("runs", "results", "figures", "data/synthetic", "data/synthetic-external")
 WORKING = (".lock", ".pipeline.lock", ".jobs")  # part of a folder of runs, not left by a kill
 
@@ -59,24 +62,9 @@ def project(folder: Path) -> Path:
         assert size in text, f"{generator.name} has no corpus of {size} any more: mend SIZES"
         text = text.replace(size, smaller)
     generator.write_text(text)
-    settings = SETTINGS | {"text_backbone": str(tiny_bert(folder / "bert"))}
+    backbone = save_bert(folder / "bert", WORDS, max_position_embeddings=32)
+    settings = SETTINGS | {"text_backbone": backbone}
     (folder / f"configs/{PROFILE}.yml").write_text(json.dumps(settings))  # JSON is YAML
-    return folder
-
-
-def tiny_bert(folder: Path) -> Path:
-    """Save a random BERT of two layers, 16 wide."""
-    import torch
-    from transformers import BertConfig, BertModel, BertTokenizer
-
-    words = "[PAD] [UNK] [CLS] [SEP] [MASK] the it is was i not a great dull fine , . ##ly".split()
-    BertTokenizer(vocab={w: i for i, w in enumerate(words)}).save_pretrained(folder)
-    torch.manual_seed(0)
-    config = BertConfig(
-        vocab_size=len(words), hidden_size=16, num_hidden_layers=2, num_attention_heads=2,
-        intermediate_size=32, max_position_embeddings=32,
-    )  # fmt: skip
-    BertModel(config).save_pretrained(folder)
     return folder
 
 

@@ -1,11 +1,11 @@
-"""Generators of files in the public layouts, of any size and with planted defects.
+"""Generators of files in the public layouts, of any size and with planted defects; small BERTs.
 
 For tests and benchmarks: the values are noise. Large files are written in pieces.
 """
 
 import json
 import pickle
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,7 @@ DEFECTS = {
     "empty text": "the second train text is empty",
     "constant": "the last feature is 1 in all frames that are not zero",
 }
+SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")  # pieces of every BERT
 _WORDS = ("it", "is", "really", "a", "very", "good", "bad", "film", "sort", "of")
 _BLOCK = 32
 
@@ -284,3 +285,39 @@ def _write_csd(path: Path, root: str, data: dict[str, Any]) -> None:
         for name, value in {"root name": root, "version": 1, "description": "generated"}.items():
             entry = file.create_dataset(f"{root}/metadata/{name}", (1,), h5py.string_dtype())
             entry[0] = json.dumps(value)
+
+
+def save_bert(
+    folder: Path, words: Iterable[str], *, d: int = 16, layers: int = 2, heads: int = 2,
+    ff: int | None = None, weights: bool = True, pooler: bool = True, **config: Any,
+) -> str:  # fmt: skip
+    """Save a BERT of random weights to a folder.
+
+    Args:
+        folder: is made.
+        words: pieces that its tokenizer knows beside the special ones.
+        d: width.
+        layers: of the encoder.
+        heads: of each layer.
+        ff: feed-forward width, 2 d by default.
+        weights: save them too; else configuration and tokenizer alone, to draw weights later.
+        pooler: has BERT's pooler.
+        **config: further settings of `BertConfig`.
+
+    Returns:
+        The folder as the name of a text backbone.
+    """
+    import torch
+    from transformers import BertConfig, BertModel, BertTokenizer
+
+    known = [*SPECIAL, *words]
+    BertTokenizer(vocab={word: i for i, word in enumerate(known)}).save_pretrained(folder)
+    sizes = dict(hidden_size=d, num_hidden_layers=layers, num_attention_heads=heads)
+    sizes |= dict(intermediate_size=ff or 2 * d, vocab_size=len(known))
+    chosen = BertConfig(**{**sizes, **config})
+    chosen.save_pretrained(folder)
+    if weights:
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            BertModel(chosen, add_pooling_layer=pooler).save_pretrained(folder)
+    return str(folder)

@@ -30,10 +30,11 @@ import numpy as np
 import pandas as pd
 import torch
 from contrastive_loss import DOCS, RESULTS, machine, median_ratio
+from layouts import SPECIAL, save_bert
 from torch import nn
 from torch.utils.data import DataLoader
 
-from conki_lib.config import MODALITIES, RunConfig
+from conki_lib.config import RunConfig
 from conki_lib.data import FeatureStore, fetch, open_store
 from conki_lib.data.store import write_store
 from conki_lib.fitting import Job, fit, precision
@@ -68,6 +69,10 @@ CASES = {
     "base, released": Case(
         "BERT-base, 12 layers of 768; adapters as released, 768 wide", RELEASED, BASE, (480, 64)
     ),
+    "default, text": Case("text alone: MiniLM; adapters 128 wide", {"modalities": "t"}),
+    "base, text": Case(
+        "text alone: BERT-base; adapters 128 wide", {"modalities": "t"}, BASE, (480, 64)
+    ),
 }  # fmt: skip
 SMALL = dict(adapter_width=8, adapter_heads=2, adapter_ff=12, encoder_heads=2, encoder_ff=24)
 QUICK = {"tiny": Case("a tiny BERT and tiny adapters", SMALL, TINY, (64, 16), 2)}
@@ -92,23 +97,6 @@ def part_of(store: FeatureStore, folder: Path, counts: tuple[int, int]) -> Featu
     )
 
 
-def save_backbone(folder: Path, sizes: dict, texts: list[str]) -> str:
-    """Save a BERT of random weights whose tokenizer knows the corpus's words; return its name."""
-    from transformers import BertConfig, BertTokenizer
-
-    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
-    words = special + sorted({word for text in texts for word in text.lower().split()})
-    BertTokenizer(vocab={w: i for i, w in enumerate(words)}).save_pretrained(folder)
-    BertConfig(
-        vocab_size=max(30522, len(words)),
-        hidden_size=sizes["d"],
-        num_hidden_layers=sizes["layers"],
-        num_attention_heads=sizes["heads"],
-        intermediate_size=sizes["ff"],
-    ).save_pretrained(folder)
-    return str(folder)
-
-
 class TimedJob(Job):
     """Also remembers the processor time at the end of the epoch, before checkpoints are written."""
 
@@ -129,7 +117,10 @@ class Bench:
         chosen = dict(case.adapters, stage1_epochs=1, device="cpu", widths=widths)
         if case.backbone:
             texts = [text for s in ("train", "valid") for text in self.store[s].table["text"]]
-            name = save_backbone(folder / "bert", case.backbone, texts)
+            words = sorted({word for text in texts for word in text.lower().split()})
+            size = max(30522, len(SPECIAL) + len(words))  # as BERT's, but all words are known
+            bert = dict(weights=False, vocab_size=size, **case.backbone)
+            name = save_bert(folder / "bert", words, **bert)
             chosen |= dict(text_backbone=name, text_init="random", d=case.backbone["d"])
         self.config = RunConfig(**chosen)
         torch.manual_seed(0)
@@ -150,7 +141,7 @@ class Bench:
         for split, loader in self.loaders.items():
             states = {
                 m: cached_states(self.model, loader, key={"bench": split}, modality=m)
-                for m in MODALITIES
+                for m in self.config.model.modalities
             }
             assert None not in states.values(), "the disk has too little space"
             self.readers[split] = StateReader(states)
@@ -362,7 +353,9 @@ changes no time. Where other work ran beside, as the load says, read the process
 The cache takes the backbones out of the epoch; what stays is training the adapters, forward
 and backward, and the heads. The ratio therefore is one plus backbones over adapters, and small
 adapters below a large backbone gain most. "Free reading" is the epoch divided by what is
-left of it without the backbones: no cache can do better with the same adapters.
+left of it without the backbones: no cache can do better with the same adapters. Vision and audio
+cost their adapters most, by their many steps; the last two cases are those of an external corpus
+of text alone, such as `meld-text`.
 
 ## What the parts take
 

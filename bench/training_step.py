@@ -51,6 +51,7 @@ from contrastive_loss import (
     peak,
     synchronise,
 )
+from layouts import SPECIAL, save_bert
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -324,7 +325,7 @@ def make_corpus(folder: Path, sizes: Sizes) -> Path:
     rng, n = np.random.default_rng(0), sizes.utterances
     spread = math.sqrt(math.log(1 + (DEVIATION / MEAN) ** 2))
     share = rng.lognormal(math.log(MEAN) - spread**2 / 2, spread, n).clip(0.03, 1)
-    words = vocabulary(sizes)[5:]
+    words = vocabulary(sizes)
     counts = np.clip(share * sizes.tokens * rng.uniform(0.7, 1.3, n), 3, sizes.tokens) - 2
     table = pd.DataFrame({"id": [str(i) for i in range(n)], "clip": "0"})
     table["video"], table["standard"] = table["id"], "train"
@@ -340,34 +341,18 @@ def make_corpus(folder: Path, sizes: Sizes) -> Path:
 
 
 def vocabulary(sizes: Sizes) -> list[str]:
-    """Special tokens, and words of letters."""
+    """Words of letters; with BERT's special tokens as many as there shall be."""
     letters = "abcdefghijklmnopqrstuvwxyz"
     words = (a + b + c + d for a in letters for b in letters for c in letters for d in letters)
-    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
-    return special + [next(words) for _ in range(sizes.vocabulary - len(special))]
+    return [next(words) for _ in range(sizes.vocabulary - len(SPECIAL))]
 
 
-def make_backbone(folder: Path, sizes: Sizes) -> Path:
-    """Save the configuration and tokenizer of a BERT; its weights are drawn when it is built."""
-    from transformers import BertConfig, BertTokenizer
-
-    BertTokenizer(vocab={w: i for i, w in enumerate(vocabulary(sizes))}).save_pretrained(folder)
-    BertConfig(
-        vocab_size=sizes.vocabulary,
-        hidden_size=sizes.d,
-        num_hidden_layers=sizes.layers,
-        num_attention_heads=sizes.heads,
-        intermediate_size=sizes.ff,
-    ).save_pretrained(folder)
-    return folder
-
-
-def settings(backbone: Path, sizes: Sizes, **changes: object) -> RunConfig:
+def settings(backbone: str, sizes: Sizes, **changes: object) -> RunConfig:
     """The preset `released` with these sizes, masks everywhere."""
     chosen = dict(
         preset="released",
         padding="masked",
-        text_backbone=str(backbone),
+        text_backbone=backbone,
         text_init="random",
         d=sizes.d,
         widths={CORPUS: dict(zip(("v", "a"), sizes.widths, strict=True))},
@@ -386,9 +371,10 @@ class Bench:
         self, folder: Path, sizes: Sizes, which: tuple[str, ...], **changes: object
     ) -> None:
         self.sizes = sizes
-        backbone = make_backbone(folder / "bert", sizes)
+        shape = dict(d=sizes.d, layers=sizes.layers, heads=sizes.heads, ff=sizes.ff)
+        backbone = save_bert(folder / "bert", vocabulary(sizes), weights=False, **shape)
         self.config = settings(backbone, sizes, **changes)
-        self.tokenizer = load_tokenizer(str(backbone))
+        self.tokenizer = load_tokenizer(backbone)
         self.batches = self._batches(make_corpus(folder, sizes))
         torch.manual_seed(0)
         self.ours = build_model(self.config.model)

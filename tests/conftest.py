@@ -16,12 +16,17 @@ install_import_hook("conki_lib", "beartype.beartype")
 import numpy as np  # noqa: E402
 import pandas as pd  # noqa: E402
 import torch  # noqa: E402
+from layouts import save_bert  # noqa: E402
 
 if TYPE_CHECKING:
     from conki_lib.config import ModelConfig, RunConfig
     from conki_lib.data import Batch
 
 torch.set_num_threads(1)
+PIECES = {
+    "en": "it is dull fine great really not a film , . ##ly".split(),
+    "zh": "我 很 不 喜 欢 这 部 电 影".split(),
+}
 
 
 @pytest.fixture(scope="session")
@@ -105,39 +110,12 @@ def make_tiny_bert(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., st
     ) -> str:
         key = (layers, d, language, pooler, dropout)
         if key not in made:
-            made[key] = str(tmp_path_factory.mktemp("bert"))
-            _save_bert(Path(made[key]), *key)
+            sizes = dict(layers=layers, d=d, pooler=pooler, max_position_embeddings=32)
+            sizes |= dict(hidden_dropout_prob=dropout, attention_probs_dropout_prob=dropout)
+            made[key] = save_bert(tmp_path_factory.mktemp("bert"), PIECES[language], **sizes)
         return made[key]
 
     return make
-
-
-def _save_bert(
-    folder: Path, layers: int, d: int, language: str, pooler: bool, dropout: float
-) -> None:
-    from transformers import BertConfig, BertModel, BertTokenizer
-
-    pieces = {
-        "en": "it is dull fine great really not a film , . ##ly",
-        "zh": "我 很 不 喜 欢 这 部 电 影",
-    }
-    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *pieces[language].split()]
-    vocabulary = {word: i for i, word in enumerate(words)}
-    BertTokenizer(vocab=vocabulary, do_lower_case=True).save_pretrained(folder)
-    config = BertConfig(
-        vocab_size=len(words),
-        hidden_size=d,
-        num_hidden_layers=layers,
-        num_attention_heads=2,
-        intermediate_size=2 * d,
-        max_position_embeddings=32,
-        hidden_dropout_prob=dropout,
-        attention_probs_dropout_prob=dropout,
-    )
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        model = BertModel(config, add_pooling_layer=pooler)
-    model.save_pretrained(folder)
 
 
 @pytest.fixture
