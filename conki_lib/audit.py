@@ -233,7 +233,8 @@ def corpus_effects(config: RunConfig, store: FeatureStore) -> dict[str, str]:
     """Effects that the target corpus alone decides: ties of r(.), cut texts."""
     found = ties(store["train"].y)
     effects = {"ties": f"{found['labels']:.0%} of the training labels are ties; rounding them away "
-               f"from 0 would move {found['pairs']:.0%} of the pairs to another set"}  # fmt: skip
+               f"from 0 would move {found['pairs']:.0%} of the pairs of utterances "
+               "between P2 and N2"}  # fmt: skip
     if "t" in config.model.modalities:
         tokenizer = load_tokenizer(config.model.text_backbone)
         texts = [text for split in store.splits for text in store[split].columns["text"]]
@@ -313,7 +314,7 @@ def page(root: Path = ROOT) -> str:
         "the measured effects; edit those, not this page. What paper and released code do is "
         "stated as facts; nothing of the released code is copied. Toys are measured in seconds on "
         "random numbers; effects on training come from run records, as the paired difference to "
-        "`full` with a 95 % interval over utterances and seeds. No record, no number.", "",
+        "`full` with a 95 % interval over videos and seeds. No record, no number.", "",
         "| point | paper | released code | here | setting | measured effect |",
         "|---|---|---|---|---|---|",
     ]  # fmt: skip

@@ -113,7 +113,7 @@ def _p(p: float) -> str:
     return "" if not np.isfinite(p) else "<0.001" if p < 0.001 else f"{p:.3f}"
 
 
-_LATEX = {"&": r"\&", "%": r"\%", "_": r"\_", "#": r"\#", "±": r"$\pm$"}
+_LATEX = {"&": r"\&", "%": r"\%", "_": r"\_", "#": r"\#", "±": r"$\pm$", "<": "$<$"}
 
 
 def latex(table: pd.DataFrame, caption: str = "", label: str = "") -> str:
@@ -187,7 +187,7 @@ def runs_figure(runs: pd.DataFrame, metrics: Sequence[str], base: str = "full") 
                        marker=GROUP_MARKERS[group], lw=0, zorder=4)  # fmt: skip
             ax.vlines(values.mean(), y - 0.36, y + 0.36, color=INK, lw=1.6, zorder=3)
         if base in rows:
-            mean = runs.loc[runs["variant"] == base, metric].mean() * scale
+            mean = runs.loc[runs["variant"] == base, metric].mean(skipna=False) * scale
             ax.axvline(mean, color=MUTED, ls="--", lw=1, zorder=1)
         ax.set(title=METRIC_NAMES[metric], xlabel=_direction(metric))
         ax.set_ylim(len(rows) - 0.5, -0.5)
@@ -356,7 +356,7 @@ def sweep_figure(runs: pd.DataFrame, setting: str, metrics: Sequence[str]) -> Fi
     for ax, metric in zip(axes[0], metrics, strict=True):
         scale = 100 if is_share(metric) else 1
         ax.plot(runs[setting], runs[metric] * scale, "o", color=GROUP_COLORS["sweeps"], alpha=0.6)
-        mean = runs.groupby(setting)[metric].mean() * scale
+        mean = runs.groupby(setting)[metric].mean(skipna=False) * scale
         ax.plot(mean.index, mean, color=INK, marker="_", ms=14, lw=1.2)
         positive = runs.loc[runs[setting] > 0, setting]
         ax.set_xscale("symlog", linthresh=float(positive.min()))
@@ -384,7 +384,8 @@ def _spread_labels(ax: Axes, x: pd.Series, y: pd.Series) -> None:
 
 # ---- the list of figures ------------------------------------------------------------------------
 
-_NO_RUN = ("01_", "02_", "07_forms", "07_padding")  # figures of corpora, formulas and toys
+# figures of corpora, formulas and toys
+_NO_RUN = ("01_", "02_", "03_architecture", "07_forms", "07_padding")
 
 
 def figure_index(
