@@ -9,7 +9,7 @@ STAMP := $(VENV)/.installed
 CONKI := $(VENV)/bin/conki
 # one word list of Snakemake settings; empty ones are left to the Snakefile
 OPTIONS = --profile $(PROFILE) --cores $(CORES) $(if $(ROWS),--rows "$(ROWS)") \
-	$(if $(SEEDS),--seeds "$(SEEDS)") $(if $(FOLDS),--folds "$(FOLDS)") $(if $(FRESH),--fresh)
+	$(if $(SEEDS),--seeds "$(SEEDS)") $(if $(FOLDS),--folds "$(FOLDS)") $(if $(filter-out 0 no false,$(FRESH)),--fresh)
 
 .PHONY: help setup reproduce ablation notebooks test lab bench
 .DEFAULT_GOAL := help

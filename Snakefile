@@ -171,7 +171,7 @@ rule stage_1:
         mem_mb=8000, runtime=240,
     shell:
         "{CONKI} run {STAGE_1} --profile {PROFILE} -p seed={wildcards.seed}"
-        " {params.train} -o {params.out}"
+        " {params.train} -o {params.out:q}"
 
 
 rule variant:
@@ -192,7 +192,7 @@ rule variant:
         mem_mb=8000, runtime=480,
     shell:
         "{CONKI} run {STAGE_2} --profile {PROFILE} -p {params.variant} -p seed={wildcards.seed}"
-        " -p fold={wildcards.fold} {params.train} -o {params.out}"
+        " -p fold={wildcards.fold} {params.train} -o {params.out:q}"
 
 
 rule merge:
@@ -201,7 +201,7 @@ rule merge:
     output:
         marker("merge"),  # says what the reports are made from
     shell:
-        "{CONKI} merge {PROFILE} --state > {output}"
+        "{CONKI} merge {PROFILE} --state > {output:q}"
 
 
 rule report:
@@ -216,7 +216,7 @@ rule report:
     resources:
         mem_mb=4000, runtime=60,
     shell:
-        "{CONKI} run {wildcards.stem} --profile {PROFILE} -o {params.out}"
+        "{CONKI} run {wildcards.stem} --profile {PROFILE} -o {params.out:q}"
 
 
 use rule report as longest_report with:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+import yaml
 from typer.core import TyperGroup
 
 # libraries are imported inside the commands: `conki --help` answers at once
@@ -18,9 +19,12 @@ class _Commands(TyperGroup):
     """
 
     def invoke(self, ctx: Any) -> Any:
+        for name in ("CONKI_DATA", "CONKI_MIRROR", "CONKI_RUNS"):
+            if os.environ.get(name):  # notebooks and Snakemake work in another folder
+                os.environ[name] = os.path.abspath(os.environ[name])
         try:
             return super().invoke(ctx)
-        except (ValueError, OSError, RuntimeError) as error:
+        except (ValueError, OSError, RuntimeError, yaml.YAMLError) as error:
             if os.environ.get("CONKI_DEBUG") or isinstance(error, typer.Exit | BrokenPipeError):
                 raise
             typer.secho(f"Error: {_in_words(error)}", fg="red", err=True)
@@ -181,6 +185,8 @@ def doctor() -> None:
 
 def _in_words(error: Exception) -> str:
     """What an error says; of pydantic's page the settings, their values and what is wrong."""
+    if isinstance(error, yaml.YAMLError):
+        return f"the profile's YAML cannot be read: {error}"
     if not hasattr(error, "errors"):
         return str(error)
     found = [(".".join(map(str, e["loc"])), e) for e in error.errors()]

@@ -36,6 +36,17 @@ def disk_problem(folder: Path) -> int | None:
     return None
 
 
+def make_writable(what: str, folder: Path, way_out: str) -> None:
+    """Make a folder and try to write into it, before the work whose result shall lie there.
+
+    Raises:
+        DiskError: see `explained`.
+    """
+    with explained(what, folder, way_out):
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+
+
 @contextmanager
 def explained(what: str, folder: Path, way_out: str) -> Iterator[None]:
     """Say clearly what could not be written, and where, if the disk is why something failed.

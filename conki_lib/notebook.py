@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import TemporaryDirectory, gettempdir
 from typing import Any, NamedTuple
 
 import nbformat
@@ -20,13 +20,17 @@ from papermill.translators import PythonTranslator
 from pydantic import TypeAdapter, ValidationError
 from traitlets.config import Config
 
-from conki_lib.config import ROOT, near_names, read_profile
+from conki_lib.config import ROOT, RunConfig, near_names, read_profile, setting_names
+from conki_lib.disk import explained, make_writable
+from conki_lib.records import in_one_step
 
 NOTEBOOKS = ROOT / "notebooks"
 HEADLESS = "CONKI_HEADLESS"
 # glibc keeps freed memory: a training step touches the same pages again instead of asking for new
 # ones; other allocators ignore it
 ALLOCATOR = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**34)}
+_GO_ON = "free some space, or name another place by -o or CONKI_RUNS"
+_SETTINGS = set(setting_names()) - {"profile"}
 _SCALARS = {"int": int, "float": float, "str": str, "bool": bool}
 
 
@@ -90,7 +94,10 @@ def notebook_parameters(notebook: str | Path) -> dict[str, Parameter]:
         ValueError: a declaration that papermill would lose or leave untyped.
     """
     path = find_notebook(notebook)
-    cells = nbformat.read(path, as_version=4).cells
+    try:
+        cells = nbformat.read(path, as_version=4).cells
+    except (ValueError, AttributeError, nbformat.ValidationError) as error:
+        raise ValueError(f"{path} is no notebook: {error}") from None
     tagged = [cell for cell in cells if "parameters" in cell.metadata.get("tags", [])]
     if not tagged:
         return {}
@@ -163,7 +170,7 @@ def _declared(notebook: str | Path, declared: Mapping[str, Parameter], name: str
             f"{Path(notebook).stem} declares no parameter {name!r}{near_names(name, declared)}: "
             f"it declares {', '.join(declared) or 'none'}"
         )
-    return TypeAdapter(declared[name].type, config={"strict": True})
+    return TypeAdapter(declared[name].type, config={"strict": True, "allow_inf_nan": False})
 
 
 def _from_text(kind: TypeAdapter, text: str) -> Any:
@@ -195,6 +202,23 @@ def profile_parameters(notebook: str | Path, profile: str) -> dict[str, Any]:
     return {name: value for name, value in read_profile(profile).items() if name in declared}
 
 
+def check_meaning(profile: str, values: Mapping[str, Any]) -> None:
+    """Check settings, rows and folds among a notebook's values, as its first cells would.
+
+    Raises:
+        ValueError: a value that no setting can have, an unknown row, an unknown fold.
+    """
+    from conki_lib.ablation import configure
+    from conki_lib.pipeline import parse_folds
+
+    RunConfig.from_profile(profile, **{k: values[k] for k in values.keys() & _SETTINGS})
+    for name in ("variant", "base"):
+        if isinstance(values.get(name), str):
+            configure(profile, values[name])
+    if isinstance(values.get("fold"), str):
+        parse_folds(values["fold"], profile)
+
+
 # ---- the runner ---------------------------------------------------------------------------------
 
 
@@ -222,7 +246,9 @@ def run_notebook(
         The path of the executed notebook.
 
     Raises:
-        ValueError: a parameter that is not declared or of another type; nothing was executed.
+        ValueError: a parameter that is not declared, of another type or without meaning, or an
+            output that is a folder; nothing was executed.
+        DiskError: the executed notebook could not be written; nothing was executed.
         NotebookError: a cell failed, or the kernel died.
     """
     path = find_notebook(notebook)
@@ -230,19 +256,24 @@ def run_notebook(
     profile = values.get("profile", profile)
     if profile is not None:
         values = check_parameters(path, profile_parameters(path, profile) | values)
+    if "profile" in (declared := notebook_parameters(path)):
+        check_meaning(profile or ast.literal_eval(declared["profile"].default), values)
     folder = Path(os.environ.get("CONKI_RUNS", ROOT / "runs")) / "notebooks"
     target = Path(output) if output else folder / (profile or "") / path.name
+    if target.is_dir():
+        raise ValueError(f"output: {target} is a folder; name a file in it")
+    for place in (target.parent, folder / "failed"):
+        make_writable("the executed notebook", place, _GO_ON)
     return _execute(path, values, target, folder / "failed")
 
 
 def _execute(path: Path, values: dict[str, Any], target: Path, failed: Path) -> Path:
-    target.parent.mkdir(parents=True, exist_ok=True)
-    failed.mkdir(parents=True, exist_ok=True)
+    short = "/tmp" if len(gettempdir()) > 60 else None  # the name of a socket has 107 bytes at most
     aside = failed / f"{path.stem}-{datetime.now():%Y%m%d-%H%M%S}-{uuid.uuid4().hex[:6]}.ipynb"
     try:
         with (
             _environment(**{HEADLESS: "1"}, **ALLOCATOR),
-            TemporaryDirectory(prefix="conki-") as sockets,
+            TemporaryDirectory(prefix="conki-", dir=short) as sockets,
         ):
             # sockets of its own: runs side by side cannot meet on a port
             own = {"transport": "ipc", "ip": f"{sockets}/kernel"}
@@ -262,7 +293,8 @@ def _execute(path: Path, values: dict[str, Any], target: Path, failed: Path) -> 
             f"{path.name} stopped: {type(error).__name__}: {error}\n"
             f"The notebook as far as it came: {aside}"
         ) from error
-    _publish(aside, target)
+    with explained(f"the executed notebook, which is kept as {aside},", target.parent, _GO_ON):
+        _publish(aside, target)
     return target
 
 
@@ -273,9 +305,8 @@ def _publish(aside: Path, target: Path) -> None:
         holder.metadata.pop("papermill", None)
         holder.metadata.pop("execution", None)
     notebook.metadata.pop("widgets", None)
-    near = target.with_name(f".{target.name}.{uuid.uuid4().hex[:6]}")
-    nbformat.write(notebook, near)
-    near.replace(target)
+    with in_one_step(target) as near:
+        nbformat.write(notebook, near)
     aside.unlink()
 
 

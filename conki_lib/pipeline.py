@@ -10,7 +10,9 @@ import hashlib
 import json
 import os
 import re
+import subprocess
 import sys
+import tempfile
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
@@ -50,7 +52,7 @@ def parse_seeds(text: str) -> list[int]:
             seeds = list(range(first, last + 1))
         else:
             seeds = list(range(int(text)))
-    if not seeds:
+    if not seeds or min(seeds) < 0:
         raise ValueError(
             f"SEEDS={text!r}: write a count (3), a list (0,4,7 or 7,) or a range (2-5)"
         )
@@ -246,7 +248,8 @@ def hold(folder: Path, *, needed: bool) -> bool:
 
 def only_plans(arguments: Sequence[str]) -> bool:
     """Do these arguments of Snakemake ask for a plan alone: ``-n``, ``-np``, ``--dry-run``?"""
-    return any(re.fullmatch(r"-[a-zA-Z]*n[a-zA-Z]*|--dry-?run", word) for word in arguments)
+    flags = "[npkfF]*"  # those of one letter that take no value
+    return any(re.fullmatch(f"-{flags}n{flags}|--dry-?run", word) for word in arguments)
 
 
 def command(
@@ -268,26 +271,35 @@ def start(profile: str, *, fresh: bool = False, extra: Sequence[str] = (), **opt
 
     Args:
         profile: ``configs/<profile>.yml``.
-        fresh: train, whatever records are committed; earlier runs move to ``runs/replaced/``.
+        fresh: train, whatever records are committed; earlier runs move to ``runs/replaced/``, once
+            Snakemake could make its plan.
         extra: further arguments for Snakemake, such as targets or ``--dry-run``.
         **options: `rows`, `seeds`, `folds` and `cores` of `command`.
 
     Raises:
         FileNotFoundError: no such profile.
         RuntimeError: another pipeline works in this folder.
-        ValueError: no such row, no seeds, no folds, or `extra` holds ``--config``, which would
-            replace all other settings.
+        ValueError: no such row, no seeds, no folds, `extra` that Snakemake does not take, or
+            ``--config`` in it, which would replace all other settings.
     """
     parse_rows(options.get("rows", ""), profile)
     parse_seeds(options.get("seeds") or "1")
     parse_folds(options.get("folds", ""), profile)
     if any(re.match("--config(=|$)|-C", word) for word in extra):
         raise ValueError("--config is taken: call `snakemake --cores 2 --config ...` itself")
-    if not only_plans(extra):
-        lock(runs_dir(profile).parent)
-        if fresh:
-            set_aside(profile)
     arguments = command(profile, fresh=fresh, extra=extra, **options)
+    elsewhere = os.environ | {"CONKI_RUNS": tempfile.mkdtemp()} if fresh else os.environ
+    if only_plans(extra):
+        os.execve(arguments[0], arguments, elsewhere)
+    lock(runs_dir(profile).parent)
+    if fresh:
+        plan = command(profile, fresh=True, extra=[*extra, "--dry-run"], **options)
+        done = subprocess.run(plan, env=elsewhere, capture_output=True, text=True, check=False)
+        if done.returncode:
+            said = (done.stdout + done.stderr).strip().splitlines()[-5:]
+            raise ValueError("\n".join(["nothing was moved, since Snakemake has no plan:", *said]))
+        if moved := set_aside(profile):
+            print(f"earlier runs of {profile!r} moved to {moved}")
     os.execv(arguments[0], arguments)
 
 
@@ -298,7 +310,7 @@ def summary(profile: str) -> tuple[pd.DataFrame, list[str]]:
         One line per variant, fold and seed; paths relative to the project root.
 
     Raises:
-        FileNotFoundError: no such profile.
+        FileNotFoundError: no such profile, or it has no runs.
     """
     from conki_lib.ablation import runs_of
 
@@ -310,6 +322,8 @@ def summary(profile: str) -> tuple[pd.DataFrame, list[str]]:
         for fold in sorted({record.fold for record in load_records(profile)})
         for r in runs_of(profile, fold=fold)
     ]
+    if not rows:
+        raise FileNotFoundError(f"no runs of {profile!r} yet: `make reproduce PROFILE={profile}`")
     folders = (results_dir(profile), ROOT / "figures" / profile)
     files = sorted(path for folder in folders for path in folder.rglob("*") if path.is_file())
     return pd.DataFrame(rows), [str(path.relative_to(ROOT)) for path in files]

@@ -212,10 +212,27 @@ def write_table(path: Path, table: pd.DataFrame) -> Path:
     return path
 
 
+def _read(path: Path, folder: Path | None = None) -> list[Record]:
+    """The records of a file, one a line; a file that is not there has none.
+
+    Raises:
+        ValueError: a line is no record; names file, line and way out.
+    """
+    found = []
+    for number, line in enumerate(path.read_text().splitlines() if path.is_file() else (), start=1):
+        try:
+            found.append(Record.from_json(line, folder))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            way_out = "remove the folder, to run it anew" if folder else "restore it by git"
+            raise ValueError(
+                f"{path}, line {number}, is no record ({type(error).__name__}: {error}): {way_out}"
+            ) from None
+    return found
+
+
 def load_run(folder: Path) -> Record | None:
     """The record of a finished run's folder, or None."""
-    path = folder / "record.json"
-    return Record.from_json(path.read_text(), folder) if path.is_file() else None
+    return next(iter(_read(folder / "record.json", folder)), None)
 
 
 def local_records(profile: str) -> list[Record]:
@@ -226,9 +243,7 @@ def local_records(profile: str) -> list[Record]:
 
 def committed_records(profile: str, *, tuning: bool = False) -> list[Record]:
     """The records of ``results/<profile>/``, whatever code made them."""
-    path = results_dir(profile) / ("tuning.jsonl" if tuning else "records.jsonl")
-    lines = path.read_text().splitlines() if path.is_file() else []
-    return [Record.from_json(line) for line in lines]
+    return _read(results_dir(profile) / ("tuning.jsonl" if tuning else "records.jsonl"))
 
 
 def load_records(profile: str) -> list[Record]:
@@ -270,8 +285,9 @@ def merge(profile: str) -> Path:
         if tuning:
             _merge_records(target / "tuning.jsonl", committed_records(profile, tuning=True), tuning)
         path = target / "records.jsonl"
-        kept = _merge_records(path, committed_records(profile), final)
-        _merge_predictions(profile, [r for r in kept if r.stage == 2])
+        if final or path.is_file():
+            kept = _merge_records(path, committed_records(profile), final)
+            _merge_predictions(profile, [r for r in kept if r.stage == 2])
     return path
 
 

@@ -1,5 +1,6 @@
 """The strict runner, on tiny notebooks made here."""
 
+import errno
 import os
 import re
 import subprocess
@@ -12,7 +13,7 @@ import pytest
 import yaml
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
-from conki_lib import config, notebook
+from conki_lib import config, disk, notebook
 from conki_lib.notebook import NotebookError, check_parameters, notebook_parameters, run_notebook
 
 PARAMETERS = """
@@ -21,6 +22,7 @@ lam: float = 0.01  # weight of the contrastive loss
 seed: int = 0  # of everything
 fast: bool = False  # fewer points
 fold: str = None  # None: the profile's
+variant: str = "full"  # row of the tables
 """
 
 
@@ -29,6 +31,7 @@ def project(tmp_path, monkeypatch) -> Path:
     """A project root of its own: configs, notebooks and runs."""
     for name in ("configs", "notebooks"):
         (tmp_path / name).mkdir()
+    (tmp_path / "configs/synthetic.yml").write_text("tau: 0.1\n")
     monkeypatch.setattr(config, "ROOT", tmp_path)
     monkeypatch.setattr(notebook, "ROOT", tmp_path)
     monkeypatch.setattr(notebook, "NOTEBOOKS", tmp_path / "notebooks")
@@ -124,6 +127,9 @@ def test_two_runs_side_by_side_do_not_meet(project):
         ({}, ("seed=[1,2]",), r"'seed' cannot be '\[1,2\]'"),
         ({}, ("fast=maybe",), r"'fast' cannot be 'maybe'"),
         ({}, ("seed",), r"write -p name=value"),
+        ({}, ("lam=inf",), r"'lam' cannot be 'inf'"),
+        ({"seed": -1}, (), r"seed\n.*greater than or equal to 0"),
+        ({}, ("variant=w/o C5",), r"unknown variant 'w/o C5'; did you mean"),
     ],
 )
 def test_wrong_parameters_stop_before_anything_runs(project, given, assignments, said):
@@ -131,6 +137,27 @@ def test_wrong_parameters_stop_before_anything_runs(project, given, assignments,
     with pytest.raises(ValueError, match=said):
         run_notebook(path, parameters=given, assignments=assignments)
     assert not (project / "ran").exists() and not (project / "runs").exists()
+
+
+def test_where_nothing_can_be_written_nothing_runs(project, monkeypatch):
+    path = write(project, "open('ran', 'w')")
+    with pytest.raises(ValueError, match=r"output: .*configs is a folder"):
+        run_notebook(path, output=project / "configs")
+
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(errno.EROFS, "read-only")
+
+    monkeypatch.setattr(disk.tempfile, "TemporaryFile", refuse)
+    with pytest.raises(disk.DiskError, match=r"read-only for the executed notebook .*-o or CONKI"):
+        run_notebook(path)
+    assert not (project / "ran").exists()
+
+
+def test_what_is_no_notebook_is_named(project):
+    for text in ("[1]", "{}", "word"):
+        (project / "notebooks/02_odd.ipynb").write_text(text)
+        with pytest.raises(ValueError, match=r"02_odd.ipynb is no notebook"):
+            run_notebook("02_odd")
 
 
 def test_texts_become_the_declared_type(project):

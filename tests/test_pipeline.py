@@ -25,7 +25,7 @@ def test_seeds(text, seeds):
     assert pipeline.parse_seeds(text) == seeds
 
 
-@pytest.mark.parametrize("text", ["many", "1.5", "0;1", "a-b", "0", "5-2", ","])
+@pytest.mark.parametrize("text", ["many", "1.5", "0;1", "a-b", "0", "5-2", ",", "-1,2"])
 def test_seeds_that_are_none(text):
     with pytest.raises(ValueError, match="write a count"):
         pipeline.parse_seeds(text)
@@ -82,6 +82,19 @@ def test_committed_is_what_a_record_by_todays_code_answers(tmp_path, monkeypatch
     assert pipeline.is_committed(config, 2)
     assert not pipeline.is_committed(config.replace(lam=0.5), 2)
     assert not pipeline.is_committed(config, 1)
+
+
+def test_a_damaged_record_is_named_with_its_line(tmp_path, monkeypatch):
+    monkeypatch.setattr(records, "ROOT", tmp_path)
+    monkeypatch.setenv("CONKI_RUNS", str(tmp_path / "runs"))
+    path = records.write_text(records.results_dir("p") / "records.jsonl", "<<<<<<< HEAD\n")
+    with pytest.raises(ValueError, match=f"{path}, line 1, is no record.*restore it by git"):
+        records.load_records("p")
+    path.unlink()
+    for text in ("", "{}", '{"stage": 1'):
+        records.write_text(records.runs_dir("p") / "full-s0-k/record.json", text + "\n")
+        with pytest.raises(ValueError, match=r"record.json, line 1, is no .*remove the folder"):
+            records.load_records("p")
 
 
 @pytest.fixture
@@ -151,13 +164,30 @@ def test_other_settings_go_to_snakemake_itself(word):
         pipeline.start("synthetic", extra=[word, "conki=true"])
 
 
-@pytest.mark.parametrize("typo", [{"rows": "w/o N3"}, {"seeds": "0-"}])
+@pytest.mark.parametrize(
+    "typo", [{"rows": "w/o N3"}, {"seeds": "0-"}, {"extra": ["nosuchtarget"]}, {"extra": ["--odd"]}]
+)
 def test_a_typo_beside_fresh_moves_nothing(tmp_path, monkeypatch, typo):
     monkeypatch.setenv("CONKI_RUNS", str(tmp_path))
     (tmp_path / "synthetic/full-s0").mkdir(parents=True)
-    with pytest.raises(ValueError, match="w/o N3|write a count"):
+    with pytest.raises(
+        ValueError, match=r"w/o N3|write a count|nothing was moved[^$]*(nosuch|--odd)"
+    ):
         pipeline.start("synthetic", fresh=True, **typo)
-    assert [p.name for p in tmp_path.iterdir()] == ["synthetic"]
+    assert [p.name for p in tmp_path.iterdir() if p.is_dir()] == ["synthetic"]
+
+
+def test_a_plan_beside_fresh_is_that_of_a_first_start(tmp_path, monkeypatch):
+    def leave(program: str, arguments: list[str], environment: dict[str, str]) -> None:
+        raise SystemExit(environment["CONKI_RUNS"])
+
+    monkeypatch.setenv("CONKI_RUNS", str(tmp_path))
+    monkeypatch.setattr(pipeline.os, "execve", leave)
+    (tmp_path / "synthetic/full-s0").mkdir(parents=True)
+    with pytest.raises(SystemExit) as left:
+        pipeline.start("synthetic", fresh=True, extra=["-n"])
+    assert list(Path(left.value.code).iterdir()) == []
+    assert (tmp_path / "synthetic/full-s0").is_dir()
 
 
 def test_fresh_moves_runs_aside_and_deletes_nothing(tmp_path, monkeypatch):
@@ -187,7 +217,7 @@ def test_a_plan_is_recognised(words):
 
 
 @pytest.mark.parametrize(
-    "words", [[], ["train"], ["--nolock", "--cores", "2"], ["-p", "figures-n"]]
+    "words", [[], ["train"], ["--nolock", "--cores", "2"], ["-p", "figures-n"], ["-Rindex"]]
 )
 def test_a_run_is_no_plan(words):
     assert not pipeline.only_plans(words)
@@ -300,14 +330,14 @@ def test_on_a_cluster_rules_that_train_ask_for_a_gpu(name):
 
 def test_a_rehearsal_does_nothing(tmp_path):
     environment = os.environ | {
-        "CONKI_RUNS": str(tmp_path / "runs"), "CONKI_DATA": str(tmp_path / "data")
+        "CONKI_RUNS": str(tmp_path / "my runs"), "CONKI_DATA": str(tmp_path / "data")
     }  # fmt: skip
     command = pipeline.command("synthetic", rows="w/o C1", extra=["train", "--quiet", "all"])
     done = subprocess.run(
         [*command, "conki=true"], capture_output=True, text=True, env=environment, check=False
     )
     assert done.returncode == 0, done.stderr
-    jobs = tmp_path / "runs/synthetic/.rehearsal"
+    jobs = tmp_path / "my runs/synthetic/.rehearsal"
     assert {"data-synthetic", "wo-C1-s0-standard", "merge"} <= {p.name for p in jobs.iterdir()}
     assert not (tmp_path / "data").exists()
     assert not (jobs.parent / ".jobs").exists()  # nothing of it counts as done

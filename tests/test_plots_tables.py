@@ -184,7 +184,7 @@ def test_the_list_names_the_notebook_in_the_file(tmp_path):
         save_figure(fig, name, "toy", producer=producer, folder=tmp_path / "figures" / "toy")
     lines = plots.figure_index(tmp_path).splitlines()
     assert "[toy/02_x](toy/02_x.png) | [02_contrastive_pairs]" in lines[-2]
-    assert lines[-2].endswith("none: corpora, formulas, toys |")
+    assert lines[-2].endswith("none: corpora, settings, formulas, toys |")
     assert "[05_ablation_table]" in lines[-1] and "results/toy/records.jsonl" in lines[-1]
 
 
