@@ -148,6 +148,9 @@ def test_bad_tables_are_refused_before_anything_is_written(tmp_path, utterances,
 
 
 def test_range_can_be_widened_by_hand(tmp_path):
+    for nonsense in ((1, -1), (0, float("nan")), (0, float("inf"))):
+        with pytest.raises(ValueError, match="is no range"):
+            write(tmp_path / "t", table(), label_range=nonsense)
     opened = open_store(write(tmp_path / "t", table(y=[5.0] * 6), label_range=(-5, 5)))
     assert opened.info.label_range == (-5, 5)
 

@@ -1,6 +1,7 @@
 """Checks of an utterance table, and frames packed in one stream into one safetensors file."""
 
 import json
+import math
 import struct
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -109,6 +110,8 @@ def _check_ids(table: pd.DataFrame, folds: Sequence[str], name: str) -> None:
 
 def _label_column(table: pd.DataFrame, column: str, label_range: Range, name: str) -> pd.Series:
     low, high = label_range
+    if not -math.inf < low < high < math.inf:
+        raise ValueError(f"label_range: {low:g} to {high:g} is no range; the lower end comes first")
     values = pd.to_numeric(table[column], errors="coerce").astype("float64")
     no_number = ~np.isfinite(values)
     if column != "y":

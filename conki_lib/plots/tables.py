@@ -408,7 +408,8 @@ def figure_index(
     for path in sorted((root / "figures").glob("*/*.png")):
         notebook, profile = producer(path) or "unknown", path.parent.name
         records = f"[results/{profile}/records.jsonl](../results/{profile}/records.jsonl)"
-        runs = "none: corpora, settings, formulas, toys" if path.stem.startswith(_NO_RUN) else records
+        none = "none: corpora, settings, formulas, toys"
+        runs = none if path.stem.startswith(_NO_RUN) else records
         name = f"[{profile}/{path.stem}]({profile}/{path.name})"
         lines.append(f"| {name} | [{notebook}](../notebooks/{notebook}.ipynb) | {runs} |")
     return "\n".join(lines) + "\n"
