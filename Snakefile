@@ -139,8 +139,9 @@ rule all:
         marker("index"),
 
 
-rule train:
+rule train:  # named one by one: a merge that is up to date would hide runs that it never held
     input:
+        TRAINED,
         marker("merge"),
 
 

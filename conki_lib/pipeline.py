@@ -288,19 +288,29 @@ def start(profile: str, *, fresh: bool = False, extra: Sequence[str] = (), **opt
     if any(re.match("--config(=|$)|-C", word) for word in extra):
         raise ValueError("--config is taken: call `snakemake --cores 2 --config ...` itself")
     arguments = command(profile, fresh=fresh, extra=extra, **options)
-    elsewhere = os.environ | {"CONKI_RUNS": tempfile.mkdtemp()} if fresh else os.environ
-    if only_plans(extra):
-        os.execve(arguments[0], arguments, elsewhere)
-    lock(runs_dir(profile).parent)
-    if fresh:
-        plan = command(profile, fresh=True, extra=[*extra, "--dry-run"], **options)
-        done = subprocess.run(plan, env=elsewhere, capture_output=True, text=True, check=False)
-        if done.returncode:
-            said = (done.stdout + done.stderr).strip().splitlines()[-5:]
-            raise ValueError("\n".join(["nothing was moved, since Snakemake has no plan:", *said]))
-        if moved := set_aside(profile):
-            print(f"earlier runs of {profile!r} moved to {moved}")
+    if only_plans(extra) and fresh:
+        sys.exit(_anew(arguments).returncode)
+    if not only_plans(extra):
+        lock(runs_dir(profile).parent)
+        if fresh:
+            plan = command(profile, fresh=True, extra=[*extra, "--dry-run"], **options)
+            _check(_anew(plan, stdout=subprocess.PIPE, stderr=subprocess.STDOUT))
+            if moved := set_aside(profile):
+                print(f"earlier runs of {profile!r} moved to {moved}")
     os.execv(arguments[0], arguments)
+
+
+def _anew(plan: Sequence[str], **streams: int) -> subprocess.CompletedProcess:
+    """Let Snakemake make a plan where nothing is finished yet."""
+    with tempfile.TemporaryDirectory() as empty:
+        environment = os.environ | {"CONKI_RUNS": empty}
+        return subprocess.run(plan, env=environment, text=True, check=False, **streams)
+
+
+def _check(plan: subprocess.CompletedProcess) -> None:
+    if plan.returncode:
+        said = "\n".join(plan.stdout.strip().splitlines()[-5:])
+        raise ValueError(f"nothing was moved, since Snakemake has no plan:\n{said}")
 
 
 def summary(profile: str) -> tuple[pd.DataFrame, list[str]]:

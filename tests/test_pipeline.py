@@ -177,17 +177,16 @@ def test_a_typo_beside_fresh_moves_nothing(tmp_path, monkeypatch, typo):
     assert [p.name for p in tmp_path.iterdir() if p.is_dir()] == ["synthetic"]
 
 
-def test_a_plan_beside_fresh_is_that_of_a_first_start(tmp_path, monkeypatch):
-    def leave(program: str, arguments: list[str], environment: dict[str, str]) -> None:
-        raise SystemExit(environment["CONKI_RUNS"])
-
+def test_a_plan_beside_fresh_is_that_of_a_first_start(tmp_path, monkeypatch, capfd):
+    jobs = tmp_path / "synthetic/.jobs"
+    jobs.mkdir(parents=True)
+    (jobs / "stage1-s0").touch()
     monkeypatch.setenv("CONKI_RUNS", str(tmp_path))
-    monkeypatch.setattr(pipeline.os, "execve", leave)
-    (tmp_path / "synthetic/full-s0").mkdir(parents=True)
     with pytest.raises(SystemExit) as left:
-        pipeline.start("synthetic", fresh=True, extra=["-n"])
-    assert list(Path(left.value.code).iterdir()) == []
-    assert (tmp_path / "synthetic/full-s0").is_dir()
+        pipeline.start("synthetic", fresh=True, extra=["-n", "train"])
+    assert left.value.code == 0
+    assert "rule stage_1:" in "".join(capfd.readouterr())
+    assert (jobs / "stage1-s0").is_file() and not (tmp_path / "replaced").exists()
 
 
 def test_fresh_moves_runs_aside_and_deletes_nothing(tmp_path, monkeypatch):
@@ -341,6 +340,17 @@ def test_a_rehearsal_does_nothing(tmp_path):
     assert {"data-synthetic", "wo-C1-s0-standard", "merge"} <= {p.name for p in jobs.iterdir()}
     assert not (tmp_path / "data").exists()
     assert not (jobs.parent / ".jobs").exists()  # nothing of it counts as done
+
+
+def test_rows_asked_for_later_are_trained_though_the_merge_is_up_to_date(tmp_path, monkeypatch):
+    monkeypatch.setenv("CONKI_RUNS", str(tmp_path / "runs"))
+    monkeypatch.setenv("CONKI_DATA", str(tmp_path / "data"))
+    merged = tmp_path / "runs/synthetic/.jobs/merge"
+    records.write_text(merged, pipeline.state("synthetic"))
+    command = pipeline.command("synthetic", rows="w/o C1", extra=["train", "--dry-run"])
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert merged.is_file() and done.returncode == 0, done.stderr
+    assert "variant=w/o C1" in done.stdout + done.stderr
 
 
 def test_the_plan_executes_notebooks(plan):
