@@ -1,6 +1,7 @@
 """Tables ready to paste (CSV, Markdown, LaTeX) and the pictures that show every run behind them."""
 
 import re
+import textwrap
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
@@ -298,7 +299,7 @@ def change_heatmap(changes: pd.DataFrame, title: str = "", xlabel: str = "") -> 
             dark = "white" if abs(x) > 0.6 * limit else INK
             ax.text(j, i, text, ha="center", va="center", fontsize=8, color=dark)
     n = changes.drop_duplicates("group").set_index("group")["utterances"]
-    ax.set_xticks(range(len(groups)), [f"{g}\nn = {n[g]}" for g in groups])
+    ax.set_xticks(range(len(groups)), [f"{textwrap.fill(str(g), 12)}\nn = {n[g]}" for g in groups])
     ax.set_yticks(range(len(rows)), rows)
     ax.set(title=title, xlabel=xlabel)
     ax.grid(visible=False)
