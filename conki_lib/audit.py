@@ -248,7 +248,8 @@ def record_effects(profile: str, *, draws: int = 2000) -> dict[str, str]:
     """Effects that only training shows, from a profile's records; nothing where no run is.
 
     Returns:
-        Names of measurements, and names of rows: the paired difference to `full` in MAE.
+        Names of measurements, and names of rows: the paired difference to `full` in MAE; of swept
+        settings: its range.
     """
     records = runs_of(profile)
     runs = run_table(records)
@@ -258,14 +259,38 @@ def record_effects(profile: str, *, draws: int = 2000) -> dict[str, str]:
     effects = _of_full(runs[runs["variant"] == "full"], full)
     test = predictions(profile)
     test = test[test["key"].isin(runs["key"]) & (test["split"] == "test")]
-    table = paired_differences(
-        test, metrics=metric_set(runs), draws=draws,
-        clusters=videos_of(records[0].settings["target"], test["id"].unique()),
-    )  # fmt: skip
+    swept = set(runs.loc[runs["group"] == "sweeps", "variant"])
+    chance = {
+        "metrics": metric_set(runs), "draws": draws,
+        "clusters": videos_of(records[0].settings["target"], test["id"].unique()),
+    }  # fmt: skip
+    table = paired_differences(test[~test["variant"].isin(swept)], **chance)
     for row in table[table["metric"] == "mae"].itertuples() if len(table) else ():
         p = f", Holm p {row.p_holm:.2g}" if row.seeds > 1 else ""
         effects[row.variant] = (f"{row.variant}: MAE {row.difference:+.3f} [{row.low:+.3f}, "
                                 f"{row.high:+.3f}], n = {row.seeds}{p}")  # fmt: skip
+    points = test[test["variant"].isin(swept | {"full"})]
+    return effects | sweep_effects(paired_differences(points, **chance))
+
+
+def sweep_effects(differences: pd.DataFrame) -> dict[str, str]:
+    """Say for each swept setting, in one line, how far the MAE moves from that of the base row.
+
+    Args:
+        differences: from `conki_lib.statistics.paired_differences`, of the sweeps' rows alone.
+    """
+    if differences.empty:
+        return {}
+    mae = differences[differences["metric"] == "mae"].set_index("variant")
+    effects = {}
+    for setting, part in mae.groupby(lambda name: name.partition("=")[0]):
+        ends = (part["difference"].idxmin(), part["difference"].idxmax())
+        low, high = (f"{part['difference'][name]:+.3f} ({name})" for name in ends)
+        sure = ", ".join(row_order(part.index[part["p_holm"] < 0.05])) or "none"
+        effects[f"sweep of {setting}"] = (
+            f"sweep of {setting}, {len(part)} other values, n = {part['seeds'].min()}: MAE "
+            f"{low} to {high}; at Holm p < 0.05: {sure}"
+        )
     return effects
 
 

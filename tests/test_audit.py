@@ -35,6 +35,7 @@ def test_rows_are_whole_and_name_what_exists(row):
     assert set(row) == {"point", "paper", "released", "ours", "setting", "effect", "rows"}
     assert all(isinstance(row[k], str) and row[k] for k in ("paper", "released", "ours", "setting"))
     measured = {*audit.TOYS, "ties", "tokens", "selection", "seeds", "acc2"}
+    measured |= {f"sweep of {setting}" for setting in ("lam", "tau", "batch_size")}
     assert set(row["effect"]) <= measured
     for name in row["rows"]:
         ablation.variant(name)
@@ -102,7 +103,8 @@ def test_effects_of_records_come_from_runs_alone(monkeypatch):
 
 def test_effects_are_row_minus_full_with_holm_over_the_rows(monkeypatch):
     found, tables = [], []
-    for row, error in (("full", 1.0), ("w/o N1", 1.5), ("w/o P1", 0.75)):
+    rows = {"full": 1.0, "w/o N1": 1.5, "w/o P1": 0.75, "lam=1": 1.25, "lam=0.3": 1.0}
+    for row, error in rows.items():
         for seed in (0, 1, 2):
             key, wobble = f"{row}{seed}", 0.01 * seed
             found.append(Record(
@@ -120,9 +122,12 @@ def test_effects_are_row_minus_full_with_holm_over_the_rows(monkeypatch):
     effects = audit.record_effects("toy", draws=100)
     assert effects["w/o N1"].startswith("w/o N1: MAE +0.510 [") and "n = 3" in effects["w/o N1"]
     assert effects["w/o P1"].startswith("w/o P1: MAE -0.240 [") and "full" not in effects
-    # two rows: Holm doubles the smaller p
+    # two rows, as sweeps are a family of their own: Holm doubles the smaller p
     line = 2 * stats.t.sf(0.51 / (0.01 / 3**0.5), 2)
     assert effects["w/o N1"].endswith(f"Holm p {2 * line:.2g}")
+    sweep = effects["sweep of lam"]
+    assert ", 2 other values, n = 3: MAE +0.010 (lam=0.3) to +0.260 (lam=1);" in sweep
+    assert sweep.endswith("at Holm p < 0.05: lam=1") and "lam=1" not in effects
     assert effects["selection"].startswith("the last epoch's validation MAE is +0.100")
 
 
