@@ -138,15 +138,24 @@ def test_other_figures_draw_what_they_are_given(runs, differences):
     gradients = pd.DataFrame({"cosine": [0.1, -0.2], "ratio": [0.1, 2.0], "batch": [0, 1]})
     gradients = gradients.assign(moment="start", group="text backbone")
     assert len(plots.conflict_figure(gradients).axes) == 2
-    swept = runs.assign(lam=[0.0, 0.01, 0.1])
-    labels = [
-        t.get_text() for t in plots.sweep_figure(swept, "lam", METRICS).axes[0].get_xticklabels()
-    ]
-    assert labels == ["0", "0.01", "0.1"]
     ours = {"full": ([0.7, 0.72], [0.85, 0.87])}
     fig = plots.published_figure(ours, statistics.published("mosi"), ("mae", "acc2_non0"))
     assert {t.get_text() for t in fig.axes[0].texts} >= {"TFN", "MulT"}
     assert plots.footnote(fig, "n = 2").get_supxlabel() == "n = 2"
+
+
+def test_a_sweep_joins_the_seeds_that_every_value_has():
+    swept = pd.DataFrame({
+        "lam": [0.0, 0.01, 0.1] * 2 + [0.01], "seed": [0, 0, 0, 1, 1, 1, 2],
+        "mae": [1.0, 0.8, 0.9, 0.8, 0.6, 0.9, 9.0],
+    })  # fmt: skip
+    ax = plots.sweep_figure(swept, "lam", ["mae"], own=0.01).axes[0]
+    assert [t.get_text() for t in ax.get_xticklabels()] == ["0", "0.01", "0.1"]
+    one, other, mean, profile = (list(line.get_ydata()) for line in ax.lines)
+    assert (one, other) == ([1.0, 0.8, 0.9], [0.8, 0.6, 0.9])
+    assert np.allclose(mean, [0.9, 0.7, 0.9]) and len(profile) == 2
+    with pytest.raises(ValueError, match="no seed was run with every value of lam"):
+        plots.sweep_figure(swept.drop_duplicates("lam").assign(seed=[0, 1, 2]), "lam", ["mae"])
 
 
 def test_figures_of_representations():

@@ -344,26 +344,36 @@ def conflict_figure(gradients: pd.DataFrame) -> Figure:
     return fig
 
 
-def sweep_figure(runs: pd.DataFrame, setting: str, metrics: Sequence[str]) -> Figure:
-    """Draw metrics over the values of a setting, a point per run, the means joined.
+def sweep_figure(
+    runs: pd.DataFrame, setting: str, metrics: Sequence[str], own: float | None = None
+) -> Figure:
+    """Draw metrics over the values of a setting: a thin line per seed, a thick one for their mean.
 
     Args:
-        runs: one line per run with a column of the setting's value.
+        runs: one line per run with its seed and a column of the setting's value; seeds that some
+            value lacks are left out, since means over different seeds cannot be compared.
         setting: ``"lam"``, ``"tau"`` or ``"batch_size"``.
         metrics: one panel each.
+        own: the profile's value, marked.
+
+    Raises:
+        ValueError: no seed was run with every value.
     """
     units = {"lam": r"$\lambda$", "tau": r"$\tau$", "batch_size": "utterances in a batch"}
     fig, axes = plt.subplots(1, len(metrics), figsize=(3.6 * len(metrics), 3.0), squeeze=False)
     for ax, metric in zip(axes[0], metrics, strict=True):
         scale = 100 if is_share(metric) else 1
-        ax.plot(runs[setting], runs[metric] * scale, "o", color=GROUP_COLORS["sweeps"], alpha=0.6)
-        mean = runs.groupby(setting)[metric].mean(skipna=False) * scale
-        ax.plot(mean.index, mean, color=INK, marker="_", ms=14, lw=1.2)
-        positive = runs.loc[runs[setting] > 0, setting]
-        ax.set_xscale("symlog", linthresh=float(positive.min()))
-        ax.set_xticks(list(mean.index), [f"{x:g}" for x in mean.index], fontsize=8)
+        lines = runs.pivot(index=setting, columns="seed", values=metric).dropna(axis=1) * scale
+        if lines.empty:
+            raise ValueError(f"no seed was run with every value of {setting}")
+        ax.set_xscale("symlog", linthresh=float(lines.index[lines.index > 0].min()))
+        ax.plot(lines.index, lines, "o-", color=GROUP_COLORS["sweeps"], alpha=0.5, ms=4, lw=0.8)
+        ax.plot(lines.index, lines.mean(axis=1), "_-", color=INK, ms=14, mew=1.6, lw=1.6)
+        if own is not None:
+            ax.axvline(own, color=MUTED, ls="--", lw=1, zorder=1)
+        ax.set_xticks(list(lines.index), [f"{x:g}" for x in lines.index], fontsize=8)
         ax.minorticks_off()
-        ax.set(title=METRIC_NAMES[metric], xlabel=f"{units[setting]} ({_direction(metric)})")
+        ax.set(title=METRIC_NAMES[metric], xlabel=units[setting], ylabel=_direction(metric))
     return fig
 
 
