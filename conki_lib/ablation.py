@@ -116,7 +116,17 @@ def why_not(profile: RunConfig, name: str) -> str | None:
         return "the profile has no pretrained backbone"
     if profile.data.external is None and "+ external" in name:
         return "the profile has no external corpus"
+    if "+ external" in name and not _taught(profile, wanted):
+        return "the external corpus has none of its modalities"
     return None
+
+
+def _taught(profile: RunConfig, modalities: str) -> set[str]:
+    """The modalities of a row that the profile's external corpus has, too; all where unknown."""
+    from conki_lib.data import CORPORA  # loads PyTorch
+
+    wanted, external = set(modalities or profile.model.modalities), profile.data.external
+    return wanted & set(CORPORA[external].modalities) if external in CORPORA else wanted
 
 
 def configure(
@@ -125,6 +135,8 @@ def configure(
     """The configuration of one row of a profile; overrides that are not None win.
 
     A row that changes nothing here (``ta`` where the profile has text and audio) is called full.
+    Modalities of which the external corpus has none are run without it: as in full, where an
+    adapter that no external data reached is trained in stage 2, from random values.
 
     Raises:
         FileNotFoundError: no such profile.
@@ -135,6 +147,8 @@ def configure(
         raise ValueError(f"variant {variant_name!r} is not for profile {profile!r}: {reason}")
     tuned = TUNED.get((profile, variant_name.removesuffix(" + external")), {})
     changes = tuned | variant(variant_name).changes
+    if "modalities" in changes and not _taught(base, changes["modalities"]):
+        changes["external"] = None
     if variant_name == "form=paper":
         changes["lam"] = base.contrast.lam / base.stage2.batch_size
     overrides = {k: v for k, v in {**overrides, "seed": seed}.items() if v is not None}

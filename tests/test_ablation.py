@@ -55,6 +55,17 @@ def test_unknown_and_impossible_rows_say_why():
         ablation.configure("mmmo-open", "text-only")
 
 
+def test_modalities_that_the_external_corpus_lacks_are_run_without_it():
+    configure = ablation.configure  # meld-text is text only
+    assert configure("mosi-open", "a").data.external is None
+    assert configure("mosi-open", "t").data.external == "meld-text"
+    assert configure("mosi-open", "full").data.external == "meld-text"
+    assert configure("mosi-open", "a", external="mosi").data.external == "mosi"
+    audio = RunConfig.from_profile("mosi-open").replace(external="mmmo-open")
+    assert "none of its modalities" in ablation.why_not(audio, "text-only + external")
+    assert ablation.why_not(audio, "late fusion + external") is None
+
+
 def test_sweeps_are_sorted_by_value_after_the_rows():
     order = ablation.row_order(["tau=0.2", "lam=0.1", "w/o C4", "lam=0.02", "full", "full"])
     assert order == ["full", "w/o C4", "lam=0.02", "lam=0.1", "tau=0.2"]
