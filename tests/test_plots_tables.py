@@ -144,6 +144,20 @@ def test_other_figures_draw_what_they_are_given(runs, differences):
     assert plots.footnote(fig, "n = 2").get_supxlabel() == "n = 2"
 
 
+def test_rows_far_outside_do_not_hide_the_others():
+    rng = np.random.default_rng(0)
+    rows = [("full", 0.80), ("w/o C1", 0.81), ("w/o C4", 0.79), ("w/o C3", 1.5), ("w/o N1", 0.8)]
+    runs = pd.DataFrame(
+        [{"variant": row, "group": "components", "seed": k, "mae": mae + rng.uniform(-0.01, 0.01)}
+         for row, mae in rows for k in range(5)])  # fmt: skip
+    ax = plots.runs_figure(runs, ["mae"]).axes[0]
+    assert ax.get_xlim()[1] < 1 and [t.get_text() for t in ax.texts] == ["1.49 to 1.51"]
+    ax = plots.runs_figure(runs[runs["variant"] != "w/o C3"], ["mae"]).axes[0]
+    assert not ax.texts and sum(len(c.get_offsets()) for c in ax.collections[::2]) == 20
+    same = runs.assign(mae=1.0)  # one run of a row has no range
+    assert not plots.runs_figure(same.drop_duplicates("variant"), ["mae"]).axes[0].texts
+
+
 def test_a_sweep_joins_the_seeds_that_every_value_has():
     swept = pd.DataFrame({
         "lam": [0.0, 0.01, 0.1] * 2 + [0.01], "seed": [0, 0, 0, 1, 1, 1, 2],

@@ -168,24 +168,33 @@ def footnote(fig: Figure, text: str) -> Figure:
 def runs_figure(runs: pd.DataFrame, metrics: Sequence[str], base: str = "full") -> Figure:
     """Draw every run as a point, the mean of a row as a bar; the line is the mean of `base`.
 
+    A row far outside stands at the border, with the range of its runs, so that the others are told
+    apart.
+
     Args:
         runs: one line per run: variant, group, seed and the metrics; in the tables' order.
         metrics: one panel each.
         base: the row that others are compared with.
     """
     rows = list(dict.fromkeys(runs["variant"]))
+    group_of = dict(zip(runs["variant"], runs["group"], strict=True))
     fig, axes = plt.subplots(
         1, len(metrics), figsize=(2.4 * len(metrics) + 1.7, 1.7 + 0.27 * len(rows)), sharey=True,
         squeeze=False,
     )  # fmt: skip
     for ax, metric in zip(axes[0], metrics, strict=True):
         scale = 100 if is_share(metric) else 1
-        for y, row in enumerate(rows):
-            part = runs[runs["variant"] == row]
-            values, group = part[metric].to_numpy() * scale, part["group"].iloc[0]
+        by_row = [runs.loc[runs["variant"] == row, metric].to_numpy() * scale for row in rows]
+        far = _far_outside(by_row)
+        for y, (row, values) in enumerate(zip(rows, by_row, strict=True)):
+            color, marker = GROUP_COLORS[group_of[row]], GROUP_MARKERS[group_of[row]]
+            if far[y]:
+                text = [f"{x:.{1 if is_share(metric) else 2}f}" for x in (min(values), max(values))]
+                _at_border(ax, y, " to ".join(dict.fromkeys(text)), far[y], color)
+                continue
             spread = np.linspace(-0.22, 0.22, len(values)) if len(values) > 1 else [0.0]
-            ax.scatter(values, y + np.asarray(spread), s=26, color=GROUP_COLORS[group], alpha=0.8,
-                       marker=GROUP_MARKERS[group], lw=0, zorder=4)  # fmt: skip
+            ax.scatter(values, y + np.asarray(spread), s=26, color=color, alpha=0.8,
+                       marker=marker, lw=0, zorder=4)  # fmt: skip
             ax.vlines(values.mean(), y - 0.36, y + 0.36, color=INK, lw=1.6, zorder=3)
         if base in rows:
             mean = runs.loc[runs["variant"] == base, metric].mean(skipna=False) * scale
@@ -197,6 +206,21 @@ def runs_figure(runs: pd.DataFrame, metrics: Sequence[str], base: str = "full") 
     axes[0, 0].set_yticks(range(len(rows)), [f"{row}  (n = {counts[row]})" for row in rows])
     _group_legend(fig, list(dict.fromkeys(runs["group"])), base)
     return fig
+
+
+def _far_outside(by_row: Sequence[np.ndarray]) -> np.ndarray:
+    """-1, 0 or 1 for each row: is its mean far below or above where most rows and runs lie?"""
+    means = np.array([np.nanmean(values) for values in by_row])
+    apart = means - np.median(means)
+    usual = max(np.median(np.abs(apart)), np.median([np.ptp(values) for values in by_row]))
+    return np.sign(apart) * (np.abs(apart) > 6 * usual) if usual > 0 else 0 * apart
+
+
+def _at_border(ax: Axes, y: int, text: str, side: float, color: str) -> None:
+    ax.annotate(text, (0.5 + 0.5 * side, y), (0.5 + 0.3 * side, y), fontsize=8, color=color,
+                xycoords=ax.get_yaxis_transform(), ha="right" if side > 0 else "left", va="center",
+                bbox={"fc": "white", "lw": 0, "pad": 0.6},
+                arrowprops={"arrowstyle": "->", "color": color})  # fmt: skip
 
 
 def _direction(metric: str) -> str:
