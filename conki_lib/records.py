@@ -180,7 +180,7 @@ def run_folder(config: RunConfig, stage: int, data: dict[str, str]) -> Path:
 def run_lock(folder: Path) -> FileLock:
     """One process at a time works in a run's folder; others wait, then load what it made."""
     folder.parent.mkdir(parents=True, exist_ok=True)
-    return FileLock(folder.with_suffix(".lock"))
+    return FileLock(folder.with_name(f"{folder.name}.lock"))  # lam=0.1 has a dot
 
 
 # ---- reading and writing ------------------------------------------------------------------------

@@ -13,6 +13,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from filelock import Timeout
 from safetensors.torch import load_file, save_file
 
 from conki_lib import fitting, records, states, training
@@ -32,6 +33,14 @@ def test_both_stages_leave_complete_records(world):
     first = training.inject_knowledge(world)
     assert first.stage == 1 and set(first.metrics) == {"valid"}
     assert not list(record.folder.glob("*checkpoint*"))
+
+
+def test_every_run_has_a_lock_of_its_own(tmp_path):
+    with records.run_lock(tmp_path / "lam=0.1-s0-abc"):
+        with records.run_lock(tmp_path / "lam=0.1-s1-abc").acquire(timeout=0):
+            pass  # another seed of the sweep goes on
+        with pytest.raises(Timeout):
+            records.run_lock(tmp_path / "lam=0.1-s0-abc").acquire(timeout=0)
 
 
 def test_the_same_seed_twice_gives_equal_records(world, monkeypatch, tmp_path):
