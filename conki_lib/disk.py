@@ -44,7 +44,8 @@ def make_writable(what: str, folder: Path, way_out: str) -> None:
     """
     with explained(what, folder, way_out):
         folder.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(bytes(_PROBE))  # an empty file fits on a full disk
 
 
 @contextmanager

@@ -277,8 +277,9 @@ def merge(profile: str) -> Path:
         The path of ``records.jsonl``.
     """
     target = results_dir(profile)
-    runs = runs_dir(profile)  # without any run there is nothing to lock
-    with FileLock(runs / "merge.lock") if runs.is_dir() else contextlib.nullcontext():
+    target.parent.mkdir(parents=True, exist_ok=True)
+    # beside what is written: folders of runs may differ (CONKI_RUNS)
+    with FileLock(target.parent / f".{profile}.lock"):
         local = local_records(profile)
         tuning = [r for r in local if r.settings["tuning"]]
         final = [r for r in local if not r.settings["tuning"]]

@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from filelock import Timeout
+from filelock import FileLock, Timeout
 from safetensors.torch import load_file, save_file
 
 from conki_lib import fitting, records, states, training
@@ -41,6 +41,18 @@ def test_every_run_has_a_lock_of_its_own(tmp_path):
             pass  # another seed of the sweep goes on
         with pytest.raises(Timeout):
             records.run_lock(tmp_path / "lam=0.1-s0-abc").acquire(timeout=0)
+
+
+def test_merges_from_two_folders_of_runs_wait_for_each_other(world, monkeypatch, tmp_path):
+    locked = []
+    monkeypatch.setattr(records, "FileLock", lambda path: locked.append(path) or FileLock(path))
+    for seed in (0, 1):
+        monkeypatch.setenv("CONKI_RUNS", str(tmp_path / f"runs{seed}"))
+        training.fine_tune(world.replace(seed=seed))
+        locked.clear()
+        records.merge("tiny")
+        assert locked == [records.ROOT / "results" / ".tiny.lock"]  # of what both write
+    assert {r.seed for r in records.committed_records("tiny") if r.stage == 2} == {0, 1}
 
 
 def test_the_same_seed_twice_gives_equal_records(world, monkeypatch, tmp_path):
