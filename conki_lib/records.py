@@ -277,6 +277,8 @@ def merge(profile: str) -> Path:
         The path of ``records.jsonl``.
     """
     target = results_dir(profile)
+    if not (target.is_dir() or runs_dir(profile).is_dir()):
+        return target / "records.jsonl"
     target.parent.mkdir(parents=True, exist_ok=True)
     # beside what is written: folders of runs may differ (CONKI_RUNS)
     with FileLock(target.parent / f".{profile}.lock"):
