@@ -32,7 +32,7 @@ SEEDS = pipeline.parse_seeds(str(config.get("seeds", 1)))
 ROWS = pipeline.parse_rows(str(config.get("rows", "")), PROFILE)
 # the default profile and fresh=1 train; others show committed records where today's code made them
 IS_DEFAULT = PROFILE == RunConfig().profile
-TRAINS = IS_DEFAULT or bool(config.get("fresh"))
+TRAINS = IS_DEFAULT or bool(config.get("fresh")) or pipeline.anew(PROFILE).is_file()
 VARIANTS = {slug(row): row for row in ROWS}
 
 NOTEBOOKS = sorted(path.stem for path in (ROOT / "notebooks").glob("[0-9][0-9]_*.ipynb"))
@@ -121,10 +121,15 @@ def agree():
 
 if workflow.is_main_process:
     try:  # also where Snakemake was called directly; a plan made beside a pipeline changes nothing
-        if pipeline.hold(RUNS, needed=not pipeline.only_plans(sys.argv)):
+        if pipeline.hold(PROFILE, needed=not pipeline.only_plans(sys.argv)):
             agree()
     except (RuntimeError, OSError) as error:
         raise WorkflowError(str(error)) from None
+
+onsuccess:
+    if CONKI == "conki":
+        pipeline.anew(PROFILE).unlink(missing_ok=True)
+
 
 TRAINED = [marker("stage1", f"s{seed}") for seed in STAGE_1_SEEDS]
 TRAINED += [marker(name, f"s{seed}", fold) for name, seed, fold in CONFIGS]

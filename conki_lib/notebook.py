@@ -21,7 +21,7 @@ from pydantic import TypeAdapter, ValidationError
 from traitlets.config import Config
 
 from conki_lib.config import ROOT, RunConfig, near_names, read_profile, setting_names
-from conki_lib.disk import explained, make_writable
+from conki_lib.disk import DiskError, explained, make_writable
 from conki_lib.records import in_one_step
 
 NOTEBOOKS = ROOT / "notebooks"
@@ -248,7 +248,8 @@ def run_notebook(
     Raises:
         ValueError: a parameter that is not declared, of another type or without meaning, or an
             output that is a folder; nothing was executed.
-        DiskError: the executed notebook could not be written; nothing was executed.
+        DiskError: the executed notebook could not be written; where that was known before,
+            nothing was executed.
         NotebookError: a cell failed, or the kernel died.
     """
     path = find_notebook(notebook)
@@ -272,6 +273,7 @@ def _execute(path: Path, values: dict[str, Any], target: Path, failed: Path) -> 
     aside = failed / f"{path.stem}-{datetime.now():%Y%m%d-%H%M%S}-{uuid.uuid4().hex[:6]}.ipynb"
     try:
         with (
+            explained("the executed notebook", failed, _GO_ON),
             _environment(**{HEADLESS: "1"}, **ALLOCATOR),
             TemporaryDirectory(prefix="conki-", dir=short) as sockets,
         ):
@@ -283,6 +285,8 @@ def _execute(path: Path, values: dict[str, Any], target: Path, failed: Path) -> 
                 stdout_file=sys.stdout, stderr_file=sys.stderr, coalesce_streams=True,
                 store_widget_state=False, config=Config(KernelManager=own),
             )  # fmt: skip
+    except DiskError:
+        raise
     except papermill.PapermillExecutionError as error:
         raise NotebookError(
             f"{path.name}, cell {error.cell_index} (In [{error.exec_count}]): "

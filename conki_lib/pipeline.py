@@ -1,4 +1,4 @@
-"""What the Snakefile asks, and how it is started: one pipeline per folder, resumable after a kill.
+"""What the Snakefile asks, and how it is started: one pipeline per profile, resumable after a kill.
 
 The Snakefile is the definition of the pipeline. Its marker files in ``runs/<profile>/.jobs/`` only
 mirror what is true: `is_finished` asks the records, `state` what tables and figures are made from.
@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import NoReturn
 
 import pandas as pd
+from filelock import FileLock, Timeout
 
 from conki_lib.config import ROOT, RunConfig, read_profile
 from conki_lib.disk import explained
@@ -183,54 +184,82 @@ def _says(path: Path, words: str) -> bool:
     return path.is_file() and path.read_text().strip() == words
 
 
+def anew(profile: str) -> Path:
+    """The file that says: begun anew by FRESH=1 and not ended yet, so train, whatever is known."""
+    return runs_dir(profile).parent / f".{profile}.fresh"
+
+
 def set_aside(profile: str) -> Path | None:
-    """Move a profile's finished and unfinished runs to ``runs/replaced/``; delete nothing."""
+    """Move a profile's finished and unfinished runs to ``runs/replaced/``; delete nothing.
+
+    Raises:
+        RuntimeError: a process works on one of them; names the run. Nothing was moved.
+    """
     folder = runs_dir(profile)
     if not folder.is_dir():
         return None
     target = folder.parent / "replaced" / f"{profile}-{datetime.now():%Y%m%d-%H%M%S}"
     target.parent.mkdir(parents=True, exist_ok=True)
-    return folder.rename(target)
+    with contextlib.ExitStack() as idle:
+        for path in sorted(folder.glob("*.lock")):
+            try:
+                idle.enter_context(FileLock(path).acquire(timeout=0))
+            except Timeout:
+                raise RuntimeError(
+                    f"nothing was moved, since a process works on {path.with_suffix('')}, maybe "
+                    "one that outlived its pipeline: wait until it has ended, or stop it"
+                ) from None
+        return folder.rename(target)
 
 
-def lock(folder: Path) -> int:
-    """Lock a folder of runs for this process; the kernel frees the lock when the process ends.
+def lock(profile: str) -> list[int]:
+    """Lock a profile for this process; the kernel frees the locks when the process ends.
+
+    Locked are the folder of runs, which two projects may share, and the project's results, which
+    serve several folders of runs.
 
     Returns:
-        The open file that holds the lock; it survives ``exec``.
+        The open files that hold the locks; they survive ``exec``.
 
     Raises:
-        RuntimeError: another pipeline works there; names its process.
-        DiskError: the folder cannot be written.
+        RuntimeError: another pipeline works on it; names its process.
+        DiskError: a folder cannot be written.
     """
-    with explained("runs", folder, "free some space, or name another folder by CONKI_RUNS=..."):
-        folder.mkdir(parents=True, exist_ok=True)
-        file = os.open(folder / ".pipeline.lock", os.O_RDWR | os.O_CREAT)
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        holder = os.read(file, 20).decode() or "unknown"
-        os.close(file)
-        raise RuntimeError(
-            f"another pipeline (process {holder}) works in {folder}: wait until it has ended, "
-            "or give this one a folder of its own by CONKI_RUNS=..."
-        ) from None
-    os.truncate(file, 0)
-    os.pwrite(file, str(os.getpid()).encode(), 0)
-    os.set_inheritable(file, True)
+    held: list[int] = []
+    for folder, way_out in (
+        (runs_dir(profile).parent, "free some space, or name another folder by CONKI_RUNS=..."),
+        (results_dir(profile).parent, "free some space, or make it writable"),
+    ):
+        with explained("the lock of a pipeline", folder, way_out):
+            folder.mkdir(parents=True, exist_ok=True)
+            held.append(os.open(folder / f".{profile}.pipeline.lock", os.O_RDWR | os.O_CREAT))
+        try:
+            fcntl.flock(held[-1], fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            holder = os.read(held[-1], 20).decode() or "unknown"
+            for file in held:
+                os.close(file)
+            raise RuntimeError(
+                f"another pipeline (process {holder}) works on {profile!r} in {folder}: wait until "
+                "it has ended, or work in a clone of your own"
+            ) from None
+    for file in held:
+        os.truncate(file, 0)
+        os.pwrite(file, str(os.getpid()).encode(), 0)
+        os.set_inheritable(file, True)
     os.environ[_HOLDER] = str(os.getpid())
-    return file
+    return held
 
 
-def hold(folder: Path, *, needed: bool) -> bool:
-    """Lock a folder of runs, unless this very process holds it since before ``exec``.
+def hold(profile: str, *, needed: bool) -> bool:
+    """Lock a profile, unless this very process holds it since before ``exec``.
 
     Args:
-        folder: of runs.
-        needed: raise where another pipeline works there; else only say no.
+        profile: name of a profile.
+        needed: raise where another pipeline works on it; else only say no.
 
     Returns:
-        Whether this process holds the lock.
+        Whether this process holds the locks.
 
     Raises:
         RuntimeError, DiskError: see `lock`; only where `needed`.
@@ -238,7 +267,7 @@ def hold(folder: Path, *, needed: bool) -> bool:
     if os.environ.get(_HOLDER) == str(os.getpid()):
         return True
     try:
-        lock(folder)
+        lock(profile)
     except (RuntimeError, OSError):
         if needed:
             raise
@@ -272,13 +301,13 @@ def start(profile: str, *, fresh: bool = False, extra: Sequence[str] = (), **opt
     Args:
         profile: ``configs/<profile>.yml``.
         fresh: train, whatever records are committed; earlier runs move to ``runs/replaced/``, once
-            Snakemake could make its plan.
+            Snakemake could make its plan. Where it is interrupted, the next start goes on.
         extra: further arguments for Snakemake, such as targets or ``--dry-run``.
         **options: `rows`, `seeds`, `folds` and `cores` of `command`.
 
     Raises:
         FileNotFoundError: no such profile.
-        RuntimeError: another pipeline works in this folder.
+        RuntimeError: another process works on this profile.
         ValueError: no such row, no seeds, no folds, `extra` that Snakemake does not take, or
             ``--config`` in it, which would replace all other settings.
     """
@@ -291,11 +320,13 @@ def start(profile: str, *, fresh: bool = False, extra: Sequence[str] = (), **opt
     if only_plans(extra) and fresh:
         sys.exit(_anew(arguments).returncode)
     if not only_plans(extra):
-        lock(runs_dir(profile).parent)
+        lock(profile)
         if fresh:
             plan = command(profile, fresh=True, extra=[*extra, "--dry-run"], **options)
             _check(_anew(plan, stdout=subprocess.PIPE, stderr=subprocess.STDOUT))
-            if moved := set_aside(profile):
+            moved = set_aside(profile)
+            write_text(anew(profile), "trained, not shown from committed records\n")
+            if moved:
                 print(f"earlier runs of {profile!r} moved to {moved}")
     os.execv(arguments[0], arguments)
 

@@ -29,6 +29,7 @@ import pandas as pd
 from filelock import FileLock
 
 from conki_lib.config import ROOT, RunConfig
+from conki_lib.disk import explained
 
 RESULT_MODULES = (
     "config", "pairs", "losses", "tiles", "metrics", "encoders", "adapters", "model", "baselines",
@@ -188,14 +189,20 @@ def run_lock(folder: Path) -> FileLock:
 
 @contextlib.contextmanager
 def in_one_step(path: Path) -> Iterator[Path]:
-    """A name to write to, renamed in the end: a reader sees the old file or the whole new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """A name to write to, renamed in the end: a reader sees the old file or the whole new one.
+
+    Raises:
+        DiskError: it could not be written; what was there is kept.
+    """
     partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
-    try:
-        yield partial
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with explained(path.name, path.parent, "make it writable, or free some space"):
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            yield partial
+            partial.replace(path)
+        finally:
+            with contextlib.suppress(OSError):  # a disk that is read-only
+                partial.unlink(missing_ok=True)
 
 
 def write_text(path: Path, text: str) -> Path:

@@ -137,7 +137,7 @@ def test_no_space_for_records_leaves_the_earlier_ones(disk):
     small = disk("1m")
     path = records.write_text(small / "records.jsonl", "one\n")
     fill(small)
-    with pytest.raises(OSError):
+    with pytest.raises(DiskError, match=rf"no space left for records.jsonl in {small}: .*free"):
         records.write_text(path, "two\n" * 10000)
     assert path.read_text() == "one\n"
     assert sorted(p.name for p in small.iterdir()) == ["filler", "records.jsonl"]
@@ -173,11 +173,12 @@ def test_a_read_only_data_folder_refuses_what_is_new(disk, make_tiny_store, monk
         make_tiny_store(f"{data.name}/new")
 
 
-def test_a_read_only_folder_of_runs_is_named(disk):
+def test_a_read_only_folder_of_runs_is_named(disk, monkeypatch):
     runs = disk()
     read_only(runs)
+    monkeypatch.setenv("CONKI_RUNS", str(runs))
     with pytest.raises(DiskError, match=rf"read-only.*{runs}.*CONKI_RUNS"):
-        pipeline.lock(runs)
+        pipeline.lock("p")
 
 
 # ---- the explanation ----------------------------------------------------------------------------

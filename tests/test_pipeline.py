@@ -168,13 +168,15 @@ def test_other_settings_go_to_snakemake_itself(word):
     "typo", [{"rows": "w/o N3"}, {"seeds": "0-"}, {"extra": ["nosuchtarget"]}, {"extra": ["--odd"]}]
 )
 def test_a_typo_beside_fresh_moves_nothing(tmp_path, monkeypatch, typo):
+    monkeypatch.setattr(records, "ROOT", tmp_path)  # where locks lie
     monkeypatch.setenv("CONKI_RUNS", str(tmp_path))
     (tmp_path / "synthetic/full-s0").mkdir(parents=True)
     with pytest.raises(
         ValueError, match=r"w/o N3|write a count|nothing was moved[^$]*(nosuch|--odd)"
     ):
         pipeline.start("synthetic", fresh=True, **typo)
-    assert [p.name for p in tmp_path.iterdir() if p.is_dir()] == ["synthetic"]
+    assert {p.name for p in tmp_path.iterdir() if p.is_dir()} <= {"synthetic", "results"}
+    assert not pipeline.anew("synthetic").exists()
 
 
 def test_a_plan_beside_fresh_is_that_of_a_first_start(tmp_path, monkeypatch, capfd):
@@ -199,15 +201,61 @@ def test_fresh_moves_runs_aside_and_deletes_nothing(tmp_path, monkeypatch):
     assert (moved / "full-s0/record.json").read_text() == "kept"
 
 
-def test_a_second_pipeline_is_refused_and_a_killed_one_leaves_no_lock(tmp_path):
-    code = "from pathlib import Path; from conki_lib.pipeline import lock; import sys, time; "
-    code += f"lock(Path({str(tmp_path)!r})); print('locked', flush=True); time.sleep(60)"
-    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as first:
+def test_fresh_waits_for_nobody_and_takes_no_run_from_under_a_process(tmp_path, monkeypatch):
+    monkeypatch.setenv("CONKI_RUNS", str(tmp_path))
+    at_work, ended = tmp_path / "p/lam=0.1-s0-k", tmp_path / "p/full-s0-k"
+    with records.run_lock(ended):
+        pass
+    with records.run_lock(at_work), pytest.raises(RuntimeError, match=rf"moved.*{at_work},"):
+        pipeline.set_aside("p")
+    assert (tmp_path / "p").is_dir()
+    assert pipeline.set_aside("p").is_dir() and not (tmp_path / "p").exists()
+
+
+def test_an_interrupted_fresh_goes_on(tmp_path, monkeypatch):
+    monkeypatch.setenv("CONKI_RUNS", str(tmp_path / "runs"))
+    monkeypatch.setenv("CONKI_DATA", str(tmp_path / "data"))
+
+    def plan() -> str:
+        words = ["train", "--dry-run", "--nocolor"]
+        command = pipeline.command("mmmo-open", rows="full", extra=words)
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+    if "-p train=false" not in plan():
+        pytest.skip("no committed record of this profile is by today's code")
+    records.write_text(pipeline.anew("mmmo-open"), "")
+    assert "-p variant=full" in plan() and "-p train=false" not in plan()
+    assert pipeline.anew("mmmo-open").is_file()  # a plan ends nothing
+
+
+@pytest.mark.parametrize("shared", ["runs", "results"])
+def test_a_second_pipeline_is_refused_and_a_killed_one_leaves_no_lock(
+    tmp_path, monkeypatch, shared
+):
+    def place(name: str) -> dict[str, Path]:
+        own = {"runs": tmp_path / name / "runs", "results": tmp_path / name}
+        return own | {shared: tmp_path / "shared"}
+
+    def locked(name: str) -> list[str]:
+        code = "from conki_lib import pipeline, records; import pathlib, time; "
+        code += f"records.ROOT = pathlib.Path({str(place(name)['results'])!r}); "
+        code += "pipeline.lock('p'); print('locked', flush=True); time.sleep(60)"
+        return [sys.executable, "-c", code]
+
+    environment = os.environ | {"CONKI_RUNS": str(place("first")["runs"])}
+    with subprocess.Popen(
+        locked("first"), stdout=subprocess.PIPE, text=True, env=environment
+    ) as first:
         assert first.stdout.readline() == "locked\n"
-        with pytest.raises(RuntimeError, match=rf"process {first.pid}\) works in .*CONKI_RUNS"):
-            pipeline.lock(tmp_path)
+        monkeypatch.setattr(records, "ROOT", place("second")["results"])
+        monkeypatch.setenv("CONKI_RUNS", str(place("second")["runs"]))
+        with pytest.raises(RuntimeError, match=rf"process {first.pid}\) works on 'p' in .*clone"):
+            pipeline.lock("p")
+        for file in pipeline.lock("another profile"):
+            os.close(file)
         first.send_signal(signal.SIGKILL)
-    os.close(pipeline.lock(tmp_path))
+    for file in pipeline.lock("p"):
+        os.close(file)
 
 
 @pytest.mark.parametrize("words", [["-n"], ["train", "-np"], ["--dry-run"], ["--dryrun"]])
@@ -222,7 +270,9 @@ def test_a_run_is_no_plan(words):
     assert not pipeline.only_plans(words)
 
 
-def test_beside_a_pipeline_a_plan_changes_nothing_and_snakemake_itself_is_refused(tmp_path):
+def test_beside_a_pipeline_a_plan_changes_nothing_and_snakemake_itself_is_refused(
+    tmp_path, monkeypatch
+):
     runs = tmp_path / "runs"
     jobs = runs / "synthetic/.jobs"
     jobs.mkdir(parents=True)
@@ -237,16 +287,18 @@ def test_beside_a_pipeline_a_plan_changes_nothing_and_snakemake_itself_is_refuse
         )
         return done.returncode, done.stdout + done.stderr
 
-    file = pipeline.lock(runs)
+    monkeypatch.setenv("CONKI_RUNS", str(runs))
+    held = pipeline.lock("synthetic")
     try:
         code, _ = call("--dry-run", "--quiet", "all")
         assert code == 0
         code, said = call("train")
-        assert code != 0 and f"another pipeline (process {os.getpid()}) works in" in said
+        assert code != 0 and f"another pipeline (process {os.getpid()}) works on" in said
         assert "Traceback" not in said
         assert sorted(p.name for p in jobs.iterdir()) == ["merge", "stage1-s0"]
     finally:
-        os.close(file)
+        for file in held:
+            os.close(file)
     code, _ = call("--dry-run", "--quiet", "all")
     assert code == 0 and [p.name for p in jobs.iterdir()] == ["sources"]
 

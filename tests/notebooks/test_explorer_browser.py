@@ -113,13 +113,12 @@ def page(lab: str) -> Iterator["sync_api.Page"]:
         browser.close()
 
 
-def _count(page: "sync_api.Page", name: str) -> int:
-    return int(
-        page.locator("tr", has=page.locator(f"b:text-is('{name}')"))
-        .locator("td")
-        .nth(2)
-        .inner_text()
-    )
+def _expect_counts(page: "sync_api.Page", **counts: int) -> None:
+    """Wait for the table: it arrives after the matrix, in a message of its own."""
+    for name, count in counts.items():
+        row = page.locator("tr", has=page.locator(f"b:text-is('{name}')"))
+        cell = row.locator("td").nth(2)
+        sync_api.expect(cell).to_have_text(str(count), timeout=PATIENCE)
 
 
 def _control(page: "sync_api.Page", label: str) -> "sync_api.Locator":
@@ -134,9 +133,7 @@ def _shoot(page: "sync_api.Page", name: str) -> None:
 
 def test_the_panel_shows_the_appendix_example(page: "sync_api.Page") -> None:
     assert page.locator("g.row").count() == 18
-    assert {n: _count(page, n) for n in ("P1", "P2", "N1", "N2")} == {
-        "P1": 18, "P2": 18, "N1": 81, "N2": 36,
-    }  # fmt: skip
+    _expect_counts(page, P1=18, P2=18, N1=81, N2=36)
     _shoot(page, "explorer-start")
 
 
@@ -147,20 +144,21 @@ def test_moving_a_label_changes_counts_and_matrix(page: "sync_api.Page") -> None
     for _ in range(4):  # 0.8 -> 0.4: another class than sample 1
         handle.press("ArrowLeft")
     page.wait_for_function("document.body.innerText.includes('classes r(y): +1, +0, -2')")
-    assert _count(page, "P2") == 0 and _count(page, "N2") == 54
-    assert page.locator("g.row").first.inner_html() != before
+    _expect_counts(page, P2=0, N2=54)
+    page.wait_for_function(
+        "before => document.querySelector('g.row').innerHTML !== before", arg=before
+    )
     _shoot(page, "explorer-label-moved")
 
 
 def test_a_switch_empties_a_set_and_more_samples_bring_rows(page: "sync_api.Page") -> None:
     page.locator("label.widget-label-basic, .widget-checkbox label", has_text="N1").first.click()
-    page.wait_for_function("document.querySelectorAll('tr').length > 4")
-    page.locator("td:text-is('0')").first.wait_for()
+    _expect_counts(page, N1=0)
     handle = _control(page, "samples").locator(".noUi-handle")
     handle.focus()
     handle.press("ArrowRight")
     page.wait_for_function("document.querySelectorAll('g.row').length === 24")
-    assert _count(page, "N1") == 0 and _count(page, "P1") == 24
+    _expect_counts(page, N1=0, P1=24)
     _shoot(page, "explorer-four-samples")
 
 
@@ -169,8 +167,10 @@ def test_choosing_a_row_lists_its_pairs_and_the_pointer_finds_them_too(
 ) -> None:
     _control(page, "row").locator("select").select_option("A_v^1")
     page.locator("th:text-is('with A_v^1')").wait_for()
-    assert "A_t^1, A_a^1" in page.locator("table", has_text="with A_v^1").inner_text()
-    assert page.locator("g.row title").nth(4).inner_html().startswith("A_v^1\nP1: A_t^1, A_a^1")
+    pairs = page.locator("table", has_text="with A_v^1")
+    sync_api.expect(pairs).to_contain_text("A_t^1, A_a^1", timeout=PATIENCE)
+    title = page.locator("g.row title").nth(4)
+    assert title.inner_html().startswith("A_v^1\nP1: A_t^1, A_a^1")
 
 
 def test_descent_moves_the_vectors_and_lowers_the_loss(page: "sync_api.Page") -> None:
