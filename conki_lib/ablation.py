@@ -1,6 +1,6 @@
 """Rows of every table as data: a name, the settings it changes, its meaning; run or load any row.
 
-Source: paper, section 6; the parts of C4, the readings and the sweeps are this project's additions.
+Source: paper, section 6; the parts of C4, readings, switches and sweeps are this project's additions.
 """
 
 import re
@@ -10,7 +10,7 @@ from typing import Any
 
 import pandas as pd
 
-from conki_lib.config import RunConfig, near_names
+from conki_lib.config import PRESETS, RunConfig, near_names
 from conki_lib.records import Record, config_key, find_record, load_records
 
 
@@ -78,7 +78,32 @@ def _variants() -> dict[str, Variant]:
     return {row.name: row for row in rows}
 
 
-VARIANTS = _variants()
+def _switches() -> dict[str, Variant]:
+    released = PRESETS["released"]
+    sizes = {k: released[k] for k in ("adapter_width", "adapter_heads", "adapter_ff")}
+    schedule = {k: v for k, v in released.items() if k.startswith("stage1_")}
+    rows = {
+        "padding=released": ("means include padded steps, adapters attend to them",
+                             {"padding": "released"}),
+        "encoder_dropout=0.5": ("vision and audio encoders as released", {"encoder_dropout": 0.5}),
+        "adapters=released": ("inner width, heads and feed-forward width as released", sizes),
+        "adapter_init_std=0.0002": ("adapters start as released", {"adapter_init_std": 0.0002}),
+        "adapter_text_pooling=pooler": ("A_t from a pooler, as released",
+                                        {"adapter_text_pooling": "pooler"}),
+        "text_pooling=pooler": ("O_t from the backbone's pooler", {"text_pooling": "pooler"}),
+        "fusion=concat": ("representations side by side, no gate", {"fusion": "concat"}),
+        "stage1=released": ("epochs and rates of stage 1 as released", schedule),
+        "stage1_pan=false": ("the heads of stage 1 read A_m alone", {"stage1_pan": False}),
+        "freeze_adapters=false": ("adapters are trained on in stage 2", {"freeze_adapters": False}),
+        "adapter_gradient=false": ("no gradient through adapters into the backbones",
+                                   {"adapter_gradient": False}),
+    }  # fmt: skip
+    return {name: Variant(name, "switches", *row) for name, row in rows.items()}
+
+
+VARIANTS = _variants()  # the rows of the main table
+SWITCHES = _switches()  # one point of the audit each, shown by notebook 07
+_NAMED = VARIANTS | SWITCHES
 _SWEEP = re.compile(r"(lam|tau|batch_size)=(\d*\.?\d+(?:e-?\d+)?)")
 
 
@@ -88,14 +113,14 @@ def variant(name: str) -> Variant:
     Raises:
         ValueError: no such row; lists the near names.
     """
-    if name in VARIANTS:
-        return VARIANTS[name]
+    if name in _NAMED:
+        return _NAMED[name]
     if match := _SWEEP.fullmatch(name):
         setting, value = match.groups()
         number = int(value) if value.isdigit() else float(value)
         return Variant(name, "sweeps", f"{setting} set to {value}", {setting: number})
     raise ValueError(
-        f"unknown variant {name!r}{near_names(name, VARIANTS)}. Known are {', '.join(VARIANTS)}, "
+        f"unknown variant {name!r}{near_names(name, _NAMED)}. Known are {', '.join(_NAMED)}, "
         "lam=<number>, tau=<number>, batch_size=<number>"
     )
 
@@ -112,7 +137,7 @@ def why_not(profile: RunConfig, name: str) -> str | None:
     wanted = changes.get("modalities", "")
     if missing := [m for m in wanted if m not in has]:
         return f"the profile has no {''.join(missing)}"
-    if "text_init" in changes and "t" not in has:
+    if any("text_" in setting for setting in changes) and "t" not in has:
         return "the profile has no pretrained backbone"
     if profile.data.external is None and "+ external" in name:
         return "the profile has no external corpus"
@@ -177,10 +202,10 @@ def run_or_load(config: RunConfig, *, weights: bool = False, fresh: bool = False
 
 def row_order(names: Iterable[str]) -> list[str]:
     """Sort rows as the tables show them: as defined, then sweeps by setting and value."""
-    known = list(VARIANTS)
+    known = list(_NAMED)
 
     def place(name: str) -> tuple:
-        if name in VARIANTS:
+        if name in _NAMED:
             return known.index(name), "", 0.0
         setting, _, value = name.partition("=")
         return len(known), setting, float(value)

@@ -6,7 +6,7 @@ toys and corpora in seconds; effects on training are read from run records, neve
 """
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -244,33 +244,53 @@ def corpus_effects(config: RunConfig, store: FeatureStore) -> dict[str, str]:
     return effects
 
 
-def record_effects(profile: str, *, draws: int = 2000) -> dict[str, str]:
-    """Effects that only training shows, from a profile's records; nothing where no run is.
+def row_differences(profile: str, *, draws: int = 2000) -> dict[str, pd.DataFrame]:
+    """Paired differences to `full`, from a profile's records, in three families.
+
+    Returns:
+        ``"rows"`` of the main table, ``"switches"`` of the audit's points and ``"sweeps"``, each
+        with Holm's correction of its own; empty tables where there is no run.
+    """
+    records = runs_of(profile)
+    runs = run_table(records)
+    found = {family: pd.DataFrame() for family in ("rows", "switches", "sweeps")}
+    if runs.empty or "full" not in set(runs["variant"]):
+        return found
+    test = predictions(profile)
+    test = test[test["key"].isin(runs["key"]) & (test["split"] == "test")]
+    chance = {
+        "metrics": metric_set(runs), "draws": draws,
+        "clusters": videos_of(records[0].settings["target"], test["id"].unique()),
+    }  # fmt: skip
+    groups = test["variant"].map(dict(zip(runs["variant"], runs["group"], strict=True)))
+    groups = groups.where(groups.isin(["switches", "sweeps"]), "rows")
+    for family in found:
+        part = test[(groups == family) | (test["variant"] == "full")]
+        found[family] = paired_differences(part, **chance)
+    return found
+
+
+def record_effects(profile: str, differences: Mapping[str, pd.DataFrame]) -> dict[str, str]:
+    """Effects that only training shows, in words; nothing where no run is.
+
+    Args:
+        profile: name of a profile.
+        differences: from `row_differences`.
 
     Returns:
         Names of measurements, and names of rows: the paired difference to `full` in MAE; of swept
         settings: its range.
     """
-    records = runs_of(profile)
-    runs = run_table(records)
-    full = [r for r in records if r.variant == "full"]
+    full = [r for r in runs_of(profile) if r.variant == "full"]
     if not full:
         return {}
-    effects = _of_full(runs[runs["variant"] == "full"], full)
-    test = predictions(profile)
-    test = test[test["key"].isin(runs["key"]) & (test["split"] == "test")]
-    swept = set(runs.loc[runs["group"] == "sweeps", "variant"])
-    chance = {
-        "metrics": metric_set(runs), "draws": draws,
-        "clusters": videos_of(records[0].settings["target"], test["id"].unique()),
-    }  # fmt: skip
-    table = paired_differences(test[~test["variant"].isin(swept)], **chance)
-    for row in table[table["metric"] == "mae"].itertuples() if len(table) else ():
-        p = f", Holm p {row.p_holm:.2g}" if row.seeds > 1 else ""
-        effects[row.variant] = (f"{row.variant}: MAE {row.difference:+.3f} [{row.low:+.3f}, "
-                                f"{row.high:+.3f}], n = {row.seeds}{p}")  # fmt: skip
-    points = test[test["variant"].isin(swept | {"full"})]
-    return effects | sweep_effects(paired_differences(points, **chance))
+    effects = _of_full(run_table(full), full)
+    for table in (differences["rows"], differences["switches"]):
+        for row in table[table["metric"] == "mae"].itertuples() if len(table) else ():
+            p = f", Holm p {row.p_holm:.2g}" if row.seeds > 1 else ""
+            effects[row.variant] = (f"{row.variant}: MAE {row.difference:+.3f} [{row.low:+.3f}, "
+                                    f"{row.high:+.3f}], n = {row.seeds}{p}")  # fmt: skip
+    return effects | sweep_effects(differences["sweeps"])
 
 
 def sweep_effects(differences: pd.DataFrame) -> dict[str, str]:

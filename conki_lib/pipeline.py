@@ -61,18 +61,18 @@ def parse_seeds(text: str) -> list[int]:
 
 
 def parse_rows(text: str, profile: str) -> list[str]:
-    """Read rows of the tables: ``"full,w/o N1"``; ``"all"``: each one that the profile can run.
+    """Read rows: ``"full,w/o N1"``; ``"all"``: each of the main table that the profile can run.
 
-    Nothing means those that the profile trains by default.
+    ``"switches"`` are those of the audit in the same way. Nothing means those that the profile trains by default.
 
     Raises:
         ValueError: an unknown row, with the near ones, or one that is not for this profile.
     """
-    from conki_lib.ablation import VARIANTS, configure, default_rows, why_not
+    from conki_lib.ablation import SWITCHES, VARIANTS, configure, default_rows, why_not
 
-    if text == "all":
-        base = RunConfig.from_profile(profile)
-        possible = [name for name in VARIANTS if why_not(base, name) is None]
+    if text in ("all", "switches"):
+        base, named = RunConfig.from_profile(profile), VARIANTS if text == "all" else SWITCHES
+        possible = [name for name in named if why_not(base, name) is None]
         return [name for name in possible if configure(profile, name).variant == name]
     rows = [part.strip() for part in text.split(",") if part.strip()] or default_rows(profile)
     for row in rows:

@@ -48,6 +48,22 @@ def test_every_row_is_another_run(profile):
         assert not any("+ external" in row for row in rows)
 
 
+def test_a_switch_moves_what_it_names_and_nothing_else():
+    for profile in ("synthetic", "mosi-open"):
+        base = RunConfig.from_profile(profile).flat()
+        for name, row in ablation.SWITCHES.items():
+            assert not row.changes.keys() & {"lam", "tau", "epochs", "seed"}
+            moved = ablation.configure(profile, name).flat()
+            changed = {k for k in base if moved[k] != base[k]} - {"variant"}
+            assert changed and changed <= set(row.changes), name
+    sizes = ablation.SWITCHES["adapters=released"].changes
+    assert sizes == {"adapter_width": 768, "adapter_heads": 12, "adapter_ff": 3072}
+    assert set(ablation.SWITCHES["stage1=released"].changes) > {"stage1_epochs"}
+    assert ablation.row_order(["lam=1", "fusion=concat", "w/o N1"])[1] == "fusion=concat"
+    with pytest.raises(ValueError, match="pretrained backbone"):
+        ablation.configure("mmmo-open", "adapter_text_pooling=pooler")
+
+
 def test_unknown_and_impossible_rows_say_why():
     with pytest.raises(ValueError, match="did you mean 'w/o N1'"):
         ablation.variant("wo N1")

@@ -98,12 +98,16 @@ def test_toys_speak():
 
 def test_effects_of_records_come_from_runs_alone(monkeypatch):
     monkeypatch.setattr(audit, "runs_of", lambda profile: [])
-    assert audit.record_effects("synthetic") == {}
+    differences = audit.row_differences("synthetic")
+    assert set(differences) == {"rows", "switches", "sweeps"}
+    assert all(table.empty for table in differences.values())
+    assert audit.record_effects("synthetic", differences) == {}
 
 
 def test_effects_are_row_minus_full_with_holm_over_the_rows(monkeypatch):
     found, tables = [], []
     rows = {"full": 1.0, "w/o N1": 1.5, "w/o P1": 0.75, "lam=1": 1.25, "lam=0.3": 1.0}
+    rows["fusion=concat"] = 1.1
     for row, error in rows.items():
         for seed in (0, 1, 2):
             key, wobble = f"{row}{seed}", 0.01 * seed
@@ -119,12 +123,16 @@ def test_effects_are_row_minus_full_with_holm_over_the_rows(monkeypatch):
             tables.append(pd.DataFrame(columns | {"split": "test", "y": 0.0, "y_hat": y_hat}))
     monkeypatch.setattr(audit, "runs_of", lambda profile: found)
     monkeypatch.setattr(audit, "predictions", lambda profile: pd.concat(tables))
-    effects = audit.record_effects("toy", draws=100)
+    differences = audit.row_differences("toy", draws=100)
+    effects = audit.record_effects("toy", differences)
     assert effects["w/o N1"].startswith("w/o N1: MAE +0.510 [") and "n = 3" in effects["w/o N1"]
     assert effects["w/o P1"].startswith("w/o P1: MAE -0.240 [") and "full" not in effects
-    # two rows, as sweeps are a family of their own: Holm doubles the smaller p
+    # two rows, as sweeps and switches are families of their own: Holm doubles the smaller p
     line = 2 * stats.t.sf(0.51 / (0.01 / 3**0.5), 2)
     assert effects["w/o N1"].endswith(f"Holm p {2 * line:.2g}")
+    (alone,) = differences["switches"].query("metric == 'mae'").itertuples()
+    assert alone.variant == "fusion=concat" and alone.p_holm == alone.p
+    assert effects["fusion=concat"].startswith("fusion=concat: MAE +0.110 [")
     sweep = effects["sweep of lam"]
     assert ", 2 other values, n = 3: MAE +0.010 (lam=0.3) to +0.260 (lam=1);" in sweep
     assert sweep.endswith("at Holm p < 0.05: lam=1") and "lam=1" not in effects

@@ -36,6 +36,8 @@ def test_rows():
     everything = pipeline.parse_rows("all", "mosi-open")
     assert {"full", "w/o N1", "text-only"} <= set(everything) and "v" not in everything
     assert "ta" not in everything  # is full there
+    assert "padding=released" in pipeline.parse_rows("switches", "synthetic")
+    assert not set(pipeline.parse_rows("switches", "mmmo-open")) & set(everything)
     assert pipeline.parse_rows("", "synthetic") == ["full", "w/o C4"]
     assert pipeline.parse_rows("", "mosi-open") == ["full", "w/o C4", "text-only"]
     with pytest.raises(ValueError, match=r"'w/o C5'.*did you mean"):
