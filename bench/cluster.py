@@ -3,16 +3,17 @@
     python bench/cluster.py             # a dozen minutes
     python bench/cluster.py --jobs 8    # a short look, nothing kept
 
-Needs `pip install snakemake-executor-plugin-cluster-generic snakemake-executor-plugin-slurm`. The
+Needs the project's extra `cluster`: `pip install -e .[cluster]`. The
 commands of Slurm (sbatch, sacct, srun, ...) are stand-ins: sbatch writes down what a job asks for
 and queues it, and this script runs the queue, a few jobs at a time, in sessions of their own. In a
-copy of the project, three things are looked at:
+copy of the project, four things are looked at:
 
 1. 200 jobs that do nothing (`--config conki=true`): time and processor time per job, beside the
    same jobs on Snakemake's executor for one machine;
 2. a tiny profile whose training job is killed by SIGKILL after a checkpoint: it must be submitted
    again and resume, no other job may be submitted twice, and a second call must submit nothing;
-3. profiles/slurm with Slurm's own plugin: what sbatch is asked for, rule by rule.
+3. profiles/slurm with Slurm's own plugin: what sbatch is asked for, rule by rule;
+4. the plan of profiles/kubernetes, where its plugin is installed.
 
 Writes results/bench/cluster.json and docs/benchmarks/cluster.md.
 """
@@ -20,7 +21,6 @@ Writes results/bench/cluster.json and docs/benchmarks/cluster.md.
 import argparse
 import json
 import os
-import platform
 import re
 import signal
 import statistics
@@ -33,6 +33,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from faults import HERE, PROFILE, environment, project
+from machine import facts, machine
 
 JOBS, SLOTS = 200, 2
 PLUGINS = ("cluster_generic", "slurm", "slurm_jobstep")
@@ -53,7 +54,7 @@ done
     "squeue": 'exec sacct "$@"\n',
     # the options end where the command begins; the plugin always gives -n1 first
     "srun": 'while [ "${1#-}" != "$1" ]; do shift; done; exec "$@"\n',
-    "sinfo": 'echo "PARTITION gpu*"\n',
+    "sinfo": 'echo "PARTITION cpu* gpu"\n',
     "scontrol": 'echo "MinJobAge = 300 sec"\n',
     "sacctmgr": "exit 0\n",
     "sshare": "exit 0\n",
@@ -246,11 +247,7 @@ def _kill_after_checkpoint(cluster: Cluster) -> None:
 def slurm(folder: Path, place: Path) -> dict:
     """All rules through profiles/slurm and Slurm's plugin, doing nothing: what is asked for."""
     config = ["--config", f"profile={PROFILE}", "conki=true", "rows='w/o C4'"]
-    plan = subprocess.run(
-        [sys.executable, "-m", "snakemake", "--workflow-profile", "profiles/slurm", "--nolock",
-         "--dry-run", "--quiet", "all", *config],
-        cwd=folder, env=environment(folder), capture_output=True, text=True, check=False,
-    )  # fmt: skip
+    plan = dry_run(folder, "slurm", config)
     quick = ["--slurm-init-seconds-before-status-checks", "1", *QUICK]
     words = ["--workflow-profile", "profiles/slurm", *quick, *config]
     with Cluster(place / "slurm", folder) as cluster:
@@ -261,13 +258,58 @@ def slurm(folder: Path, place: Path) -> dict:
         asked.setdefault(job["rule"], _requests(job))
     _remove_markers(folder)
     return {
-        "dry_run_code": plan.returncode,
+        "dry_run_code": plan,
         "jobs": len(jobs),
         "failed": sum(job["code"] != 0 for job in jobs),
         "job_cpu_seconds": statistics.median(job["cpu_seconds"] for job in jobs),
         "seconds": spent["seconds"],
         "asked": asked,
     }
+
+
+def dry_run(folder: Path, name: str, config: list[str]) -> int:
+    """The exit code of a plan through one of the profiles for clusters."""
+    return subprocess.run(
+        [sys.executable, "-m", "snakemake", "--workflow-profile", f"profiles/{name}", "--nolock",
+         "--dry-run", "--quiet", "all", *config],
+        cwd=folder, env=environment(folder), capture_output=True, text=True, check=False,
+    ).returncode  # fmt: skip
+
+
+# --- 4. the profile for Kubernetes --------------------------------------------------------------
+
+
+def kubernetes(folder: Path) -> str:
+    """Whether its dry run passes: pods need a cluster, a plan does not."""
+    if not find_spec("snakemake_executor_plugin_kubernetes"):
+        return "was not tried, since its plugin is not installed"
+    code = dry_run(folder, "kubernetes", ["--config", f"profile={PROFILE}", "rows='w/o C4'"])
+    return "passes" if code == 0 else "FAILS"
+
+
+# --- what must hold -----------------------------------------------------------------------------
+
+
+def problems(result: dict) -> list[str]:
+    """What is not as it must be."""
+    many, killed, asked = result["overhead"], result["killed"], result["slurm"]
+    codes = {rule: sorted(found) for rule, found in killed["codes"].items()}
+    checks = {
+        "a job that does nothing failed": many["failed"] or asked["failed"],
+        "not every job was submitted": many["jobs"] < 1,
+        "the killed job was not submitted again, once": len(codes.get("variant", [])) != 2
+        or 0 not in codes["variant"],
+        "a job that was not killed failed": any(
+            any(found) for rule, found in codes.items() if rule != "variant"
+        ),
+        "no run was resumed": not killed["resumed"],
+        "the second call submitted jobs": killed["submitted_by_second_call"],
+        "a dry run fails": asked["dry_run_code"] or result["kubernetes"] == "FAILS",
+        "a rule that trains asks for no GPU": not all(
+            asked["asked"][rule]["gpu"] for rule in ("stage_1", "variant")
+        ),
+    }  # fmt: skip
+    return [text for text, failed in checks.items() if failed]
 
 
 def _option(job: dict, name: str) -> str:
@@ -311,7 +353,7 @@ def page(result: dict) -> str:
         for rule, found in sorted(killed["codes"].items())
     )
     return PAGE.format(
-        facts="\n".join(f"- {k}: {v}" for k, v in result["machine"].items()),
+        facts=facts(result),
         codes=codes,
         rows=rows,
         resumed="; ".join(re.sub(r"-[0-9a-f]{12}", "", r) for r in killed["resumed"]) or "nothing",
@@ -319,6 +361,7 @@ def page(result: dict) -> str:
         many=many,
         asked=asked,
         dry="passes" if asked["dry_run_code"] == 0 else "FAILS",
+        kubernetes=result["kubernetes"],
     )
 
 
@@ -359,7 +402,7 @@ Runs that went on from a checkpoint: {resumed}. The second call submitted {again
 
 Slurm's own plugin, {asked[jobs]} jobs, {asked[failed]} failed; the dry run {dry}. A job takes
 {asked[job_cpu_seconds]:.1f} s of processor time before any work, as this plugin starts Snakemake
-twice.
+twice. Of profiles/kubernetes only the plan can be made without a cluster: it {kubernetes}.
 
 | rule | GPU | minutes | memory, MB | CPUs | partition |
 |---|---|---:|---:|---:|---|
@@ -372,19 +415,19 @@ def run(jobs: int) -> dict:
     absent = [name for name in PLUGINS if not find_spec(f"snakemake_executor_plugin_{name}")]
     if absent:
         print(
-            f"left out, as Snakemake's plugins {', '.join(absent)} are not installed: `pip install "
-            "snakemake-executor-plugin-cluster-generic snakemake-executor-plugin-slurm`"
+            f"left out, as Snakemake's plugins {', '.join(absent)} are not installed: "
+            "`pip install -e .[cluster]`"
         )
         raise SystemExit(0)  # `make bench` goes on
+    of_machine = machine()
     with tempfile.TemporaryDirectory() as name:
         place = Path(name).resolve()
         (place / "project").mkdir()
         folder = project(place / "project")
         result = {"slurm": slurm(folder, place), "killed": killed_job(folder, place)}
+        result["kubernetes"] = kubernetes(folder)
         print(json.dumps(result, indent=1), flush=True)
-        machine = {"cores": os.cpu_count(), "python": platform.python_version()}
-        machine |= {"load": round(os.getloadavg()[1], 1)}
-        return {"machine": machine, "overhead": overhead(folder, place, jobs)} | result
+        return {"machine": of_machine, "overhead": overhead(folder, place, jobs)} | result
 
 
 def main() -> None:
@@ -400,6 +443,8 @@ def main() -> None:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(text)
     print(page(result))
+    if found := problems(result):
+        raise SystemExit("; ".join(found))
 
 
 if __name__ == "__main__":

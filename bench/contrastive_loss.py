@@ -16,7 +16,6 @@ is that of PyTorch's allocator, and two variants more take part (EXTRA).
 import argparse
 import json
 import math
-import platform
 import resource
 import statistics
 import subprocess
@@ -34,6 +33,7 @@ import matplotlib.pyplot as plt
 import pandas as pd
 import psutil
 import torch
+from machine import facts, machine
 from torch import Tensor
 
 from conki_lib import tiles
@@ -370,20 +370,21 @@ def accuracy(B: int = 128) -> list[dict]:
     return rows
 
 
-def machine(precision: str, device: torch.device = DEVICE) -> dict:
+def machine_of(precision: str, device: torch.device = DEVICE) -> dict:
     """What the figures depend on."""
     gpu = device.type == "cuda"
-    facts = {"GPU": torch.cuda.get_device_name(), "CUDA": torch.version.cuda} if gpu else {}
-    return facts | {
-        "processor": processor(),
-        "capability": torch.backends.cpu.get_cpu_capability(),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "product precision": precision,
-        "GFLOP a second, large fp32 product": round(gflops(device)),
-        "load before the start": round(psutil.getloadavg()[0], 1),
-    }
+    found = {"GPU": torch.cuda.get_device_name(), "CUDA": torch.version.cuda} if gpu else {}
+    return (
+        found
+        | machine()
+        | {
+            "capability": torch.backends.cpu.get_cpu_capability(),
+            "threads": torch.get_num_threads(),
+            "torch": torch.__version__,
+            "product precision": precision,
+            "GFLOP a second, large fp32 product": round(gflops(device)),
+        }
+    )
 
 
 def on_gpu(result: dict) -> bool:
@@ -400,14 +401,6 @@ def committed(name: str) -> list[dict]:
     """The results that there are, of a CPU and of a GPU."""
     paths = [RESULTS / f"{name}{ending}.json" for ending in ("", "_cuda")]
     return [json.loads(path.read_text()) for path in paths if path.exists()]
-
-
-def processor() -> str:
-    """Its name, where the system tells it."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
 
 
 def gflops(device: torch.device, rounds: int = 7) -> float:
@@ -430,7 +423,7 @@ def sweep(precision: str, threads: int, quick: bool, extra: list[str]) -> dict:
     if not find_spec("pytorch_metric_learning"):
         absent.add("supcon")
     with product_precision(precision):
-        result = {"machine": machine(precision), "timed": [], "measured": []}
+        result = {"machine": machine_of(precision), "timed": [], "measured": []}
         for B, rounds in plan.rounds.items():
             names = [v for v in VARIANTS if v not in absent and B <= plan.largest.get(v, B)]
             result["timed"] += take_turns(B, rounds, names, plan.few)
@@ -487,10 +480,9 @@ def page(result: dict) -> str:
         table = rows.pivot(index="variant", columns="B", values=value)
         return _table(table.loc[[name for name in STYLES if name in table.index]], form)
 
-    facts = [f"- {key}: {value}" for key, value in result["machine"].items()]
     parts = dict(
         name=name_of(result, "contrastive_loss"),
-        facts="\n".join(facts + absences(timed, measured)),
+        facts="\n".join([facts(result), *absences(timed, measured)]),
         verdicts=_table((gpu_verdicts if gpu else verdicts)(timed, measured), ".3g"),
         ms=by_size(timed, "ms", ".3g"),
         cpu_ms=by_size(timed, "cpu_ms", ".3g"),

@@ -13,7 +13,6 @@ import argparse
 import json
 import os
 import pickle
-import platform
 import re
 import shutil
 import statistics
@@ -163,13 +162,6 @@ def measure(task: str, path: Path) -> dict:
     return result
 
 
-def processor() -> str:
-    """Its name, where the system tells it."""
-    info = Path("/proc/cpuinfo")
-    names = re.findall(r"model name\s*: (.*)", info.read_text() if info.exists() else "")
-    return names[0] if names else platform.machine()
-
-
 # --- the run --------------------------------------------------------------------------------
 
 
@@ -290,8 +282,9 @@ def page(result: dict) -> str:
         f"| {r['mb']:,.0f} MB |"
         for r in result["forms"]
     )
-    facts = "\n".join(f"- {key}: {value}" for key, value in result["machine"].items())
-    return PAGE.format(facts=facts, lines="\n".join(lines), forms=forms, full=_full(full))
+    from machine import facts
+
+    return PAGE.format(facts=facts(result), lines="\n".join(lines), forms=forms, full=_full(full))
 
 
 def _times(row) -> str:
@@ -400,17 +393,14 @@ def main() -> None:
 
 def run(quick: bool) -> dict:
     """All measurements."""
+    from machine import machine
+
     os.environ["TQDM_DISABLE"] = "1"
     fractions = tuple(f / 16 for f in FRACTIONS) if quick else FRACTIONS
     with tempfile.TemporaryDirectory() as name:
         folder, full = Path(name), 1 / 32 if quick else 1.0
         result = {
-            "machine": {
-                "processor": processor(),
-                "cores": os.cpu_count(),
-                "python": platform.python_version(),
-                "load before": round(os.getloadavg()[0], 1),
-            },
+            "machine": machine(),
             "sizes": at_sizes(folder, fractions, 1 if quick else ROUNDS),
             "forms": at_forms(folder, fractions[0]),
         }

@@ -1,20 +1,23 @@
 """Kill the pipeline twenty times at random moments; it must always end in the same records.
 
-    python bench/faults.py                      # a quarter of an hour on an idle machine
+    python bench/faults.py                      # twenty minutes on an idle machine
     python bench/faults.py --kills 2 --seed 1   # a short look, nothing kept
 
 A copy of this project in a temporary folder trains a tiny profile: the real Snakefile and
 notebooks, the embedded corpora with fewer utterances, a random BERT of two layers. After one
 undisturbed run, the pipeline is started from nothing, killed by SIGKILL, and started again until it
-ends; then from nothing once more, until all kills are spent. Two kinds of kill take turns: every
-process at once, as when a machine goes down, and only the first one, so that its jobs live on
-beside the next start. Writes results/bench/faults.json and docs/benchmarks/faults.md.
+ends; then from nothing once more, until all kills are spent. Three kinds of kill take turns: every
+process at once, as when a machine goes down; only the first one, so that its jobs live on beside
+the next start; and only a notebook's kernel. Most kills come at a random second, some are aimed at
+a rule that is short: fetch, merge. At the end two pipelines are started at once, and one that was
+begun anew (FRESH=1) is killed: the next start must go on with it. Writes results/bench/faults.json
+and docs/benchmarks/faults.md.
 """
 
 import argparse
 import json
+import math
 import os
-import platform
 import random
 import re
 import shutil
@@ -24,10 +27,12 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 
 from layouts import save_bert
+from machine import facts, machine
 
 HERE = Path(__file__).resolve().parents[1]
 KILLS, PROFILE, ROWS = 20, "tiny", "full"
@@ -41,7 +46,9 @@ SETTINGS = dict(
     precision="fp32", device="cpu",
 )  # fmt: skip
 WORDS = "the it is was i not a great dull fine , . ##ly".split()
-MADE = ("runs", "results", "figures", "data/synthetic", "data/synthetic-external")
+MADE = ("runs", "results", "figures", "tmp", "data/synthetic", "data/synthetic-external")
+KINDS = ("everything", "first process", "kernel")
+AIMS = (None, None, None, "fetch", "merge")  # at a random second, or when this rule has begun
 WORKING = (".lock", ".pipeline.lock", ".jobs")  # part of a folder of runs, not left by a kill
 
 
@@ -73,13 +80,15 @@ def environment(folder: Path, **more: str) -> dict[str, str]:
     kept = {k: v for k, v in os.environ.items() if not k.startswith("CONKI_")}
     path = os.pathsep.join(p for p in (str(folder), os.environ.get("PYTHONPATH")) if p)
     added = {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    return kept | added | {"TOKENIZERS_PARALLELISM": "false", "CONKI_HOME": str(folder)} | more
+    added |= {"TOKENIZERS_PARALLELISM": "false", "CONKI_HOME": str(folder)}
+    (folder / "tmp").mkdir(exist_ok=True)
+    return kept | added | {"TMPDIR": str(folder / "tmp")} | more
 
 
-def start(folder: Path, log: Path) -> subprocess.Popen:
+def start(folder: Path, log: Path, *more: str) -> subprocess.Popen:
     """Start the pipeline up to the merged records, in a process group of its own."""
     command = [sys.executable, "-m", "conki_lib.cli", "pipeline", "--profile", PROFILE]
-    command += ["--rows", ROWS, "--cores", "2", "train"]
+    command += ["--rows", ROWS, "--cores", "2", *more, "train"]
     with log.open("a") as file:
         return subprocess.Popen(
             command, cwd=folder, env=environment(folder), stdout=file, stderr=file,
@@ -102,17 +111,37 @@ def ours(folder: Path) -> list[int]:
     return found
 
 
-def kill(folder: Path, leader: subprocess.Popen, everything: bool) -> None:
-    """SIGKILL the first process, or every process of the copy."""
+def kill(folder: Path, leader: subprocess.Popen, kind: str) -> int | None:
+    """SIGKILL the first process, every process of the copy, or a kernel.
+
+    Returns:
+        How the pipeline ended by itself, where only a kernel was killed and there was one.
+    """
+    kernels = [p for p in ours(folder) if b"ipykernel_launcher" in _command(p)]
+    if kind == "kernel" and kernels:
+        _kill(kernels[0])
+        return leader.wait()
     leader.kill()
     leader.wait()
-    while everything and (found := ours(folder)):
+    while kind == "everything" and (found := ours(folder)):
         for process in found:
-            try:
-                os.kill(process, signal.SIGKILL)
-            except ProcessLookupError:
-                continue
+            _kill(process)
         time.sleep(0.1)
+    return None
+
+
+def _kill(process: int) -> None:
+    try:
+        os.kill(process, signal.SIGKILL)
+    except ProcessLookupError:
+        pass  # ended meanwhile
+
+
+def _command(process: int) -> bytes:
+    try:
+        return Path(f"/proc/{process}/cmdline").read_bytes()
+    except OSError:
+        return b""
 
 
 def trained(folder: Path) -> dict[str, float]:
@@ -129,20 +158,33 @@ def phase(said: str) -> str:
     return rules[-1][1] + epochs
 
 
-def attempt(folder: Path, log: Path, after: float | None, everything: bool) -> dict:
-    """Start the pipeline and kill it after some seconds, unless it has ended by then."""
+@dataclass(frozen=True)
+class Blow:
+    """When and what to kill: after some seconds, and where aimed, after this rule has begun."""
+
+    kind: str
+    seconds: float
+    aim: str | None = None
+
+
+def attempt(folder: Path, log: Path, blow: Blow | None, *more: str) -> dict:
+    """Start the pipeline and kill it, unless it has ended by then."""
     known, began = trained(folder), time.monotonic()
     seen = log.stat().st_size if log.is_file() else 0
-    leader = start(folder, log)
-    try:
-        code = leader.wait(timeout=after)
-    except subprocess.TimeoutExpired:
-        kill(folder, leader, everything)
-        code = None
+    leader, killed = start(folder, log, *more), False
+    due = began + blow.seconds if blow and not blow.aim else math.inf
+    while (code := leader.poll()) is None:
+        if blow and due == math.inf and f"rule {blow.aim}:" in log.read_text()[seen:]:
+            due = time.monotonic() + blow.seconds
+        if time.monotonic() >= due:
+            code, killed = kill(folder, leader, blow.kind), True
+            break
+        time.sleep(0.02)
     now = trained(folder)
     return {
         "seconds": round(time.monotonic() - began, 1),
-        "killed": code is None and ("everything" if everything else "first process"),
+        "killed": killed and blow.kind,
+        "aim": killed and blow.aim,
         "code": code,
         "during": phase(log.read_text()[seen:]),
         "finished_before": len(known),
@@ -171,11 +213,14 @@ def outcome(folder: Path) -> dict[str, object]:
     }
 
 
-def leftovers(folder: Path) -> list[str]:
-    """Files and folders that only a killed writer leaves, wherever they lie."""
+def leftovers(folder: Path) -> dict[str, int]:
+    """How much only a killed writer leaves: hidden files, and what stands aside on purpose."""
     found = [p for name in ("runs", "results", "data") for p in (folder / name).rglob(".*")]
-    kept = [p for p in found if not p.name.endswith(WORKING)]
-    return sorted(str(p.relative_to(folder)) for p in kept)
+    return {
+        "hidden files": sum(not p.name.endswith(WORKING) for p in found),
+        "unfinished notebooks": len(list((folder / "runs/notebooks/failed").glob("*"))),
+        "folders of sockets": len(list((folder / "tmp").glob("conki-*"))),
+    }
 
 
 def forget(folder: Path) -> None:
@@ -190,11 +235,18 @@ def one_round(folder: Path, log: Path, kills: int, longest: float, rng: random.R
     attempts: list[dict] = []
     while not attempts or attempts[-1]["killed"]:
         spent = sum(bool(a["killed"]) for a in attempts)
-        after = rng.uniform(0.02, 1) * longest if spent < kills else None
-        attempts.append(attempt(folder, log, after, everything=rng.random() < 0.5))
+        blow = _blow(rng, longest, first=not attempts) if spent < kills else None
+        attempts.append(attempt(folder, log, blow))
         print(attempts[-1], flush=True)
-    kill(folder, start_nothing(), everything=True)  # jobs that outlived their first process
+    kill(folder, start_nothing(), "everything")  # jobs that outlived their first process
     return {"attempts": attempts, "leftovers": leftovers(folder)}
+
+
+def _blow(rng: random.Random, longest: float, first: bool) -> Blow:
+    kind, aim = rng.choice(KINDS), rng.choice(AIMS)
+    if aim and (first or aim == "merge"):  # a corpus is fetched in the first start alone
+        return Blow(kind, rng.uniform(0, 2), aim)
+    return Blow(kind, rng.uniform(0.02, 1) * longest)
 
 
 def start_nothing() -> subprocess.Popen:
@@ -206,7 +258,7 @@ def second_start(folder: Path, log: Path) -> dict:
     """Start two pipelines at once on one folder: what the second one says, and what it leaves."""
     forget(folder)
     first = start(folder, log)
-    while not (folder / "runs/.pipeline.lock").is_file() and first.poll() is None:
+    while not (folder / f"runs/.{PROFILE}.pipeline.lock").is_file() and first.poll() is None:
         time.sleep(0.05)
     time.sleep(0.5)
     second_log = log.with_name("second.log")
@@ -216,13 +268,30 @@ def second_start(folder: Path, log: Path) -> dict:
     return {"first": first.wait(), "second": code, "said": said.replace(str(first.pid), "N")}
 
 
+def begun_anew(folder: Path, log: Path, seconds: float, expected: dict) -> dict:
+    """Kill a pipeline that was begun anew, though all is finished, and start it again without."""
+    before = trained(folder)
+    first = attempt(folder, log, Blow("everything", seconds), "--fresh")
+    second = attempt(folder, log, None)
+    now, third = trained(folder), attempt(folder, log, None)
+    return {
+        "killed_after": first["seconds"],
+        "finished_by_the_kill": first["finished_after"],
+        "trained_again": sum(before.get(name) != when for name, when in now.items()),
+        "runs": len(before),
+        "kept": len(list((folder / "runs/replaced").glob("*/*/record.json"))),
+        "repeated": second["repeated"] + third["repeated"],
+        "equal": second["code"] == 0 and outcome(folder) == expected,
+    }
+
+
 def run(kills: int, seed: int) -> dict:
-    """The undisturbed run, all rounds of kills, and two at once."""
-    rng = random.Random(seed)
+    """The undisturbed run, all rounds of kills, two at once, and one begun anew."""
+    rng, of_machine = random.Random(seed), machine()
     with tempfile.TemporaryDirectory() as name:
         folder = project(Path(name).resolve())
         log = folder / "log.txt"
-        plain = attempt(folder, log, None, everything=True)
+        plain = attempt(folder, log, None)
         if plain["code"] != 0:
             raise SystemExit(f"the undisturbed run failed:\n{log.read_text()[-4000:]}")
         print("undisturbed:", plain, flush=True)
@@ -232,10 +301,9 @@ def run(kills: int, seed: int) -> dict:
             rounds[-1] |= _compared(folder, expected, rounds[-1], log)
         both = second_start(folder, log)
         both |= {"equal": both["first"] == 0 and outcome(folder) == expected}
-        machine = {"cores": os.cpu_count(), "python": platform.python_version()}
-        machine |= {"load": round(os.getloadavg()[1], 1)}
-        return {"machine": machine, "seed": seed, "undisturbed_seconds": plain["seconds"],
-                "rounds": rounds, "two_at_once": both}  # fmt: skip
+        anew = begun_anew(folder, log, 0.6 * plain["seconds"], expected)
+        return {"machine": of_machine, "seed": seed, "undisturbed_seconds": plain["seconds"],
+                "rounds": rounds, "two_at_once": both, "anew": anew}  # fmt: skip
 
 
 def _kills(one: dict) -> int:
@@ -262,18 +330,22 @@ def page(result: dict) -> str:
     phases = Counter(a.get("during", "not noted") for a in killed)
     lines = [
         f"| {i} | {_moments(r)} | {max(a['finished_before'] for a in r['attempts'])} | "
-        f"{sum(a['repeated'] for a in r['attempts'])} | {len(r['leftovers'])} | "
+        f"{sum(a['repeated'] for a in r['attempts'])} | "
+        f"{' + '.join(map(str, r['leftovers'].values()))} | "
         f"{'equal' if r['equal'] else 'DIFFER: ' + ', '.join(r['differs'])} |"
         for i, r in enumerate(rounds, start=1)
     ]
     return PAGE.format(
         kills=len(killed),
-        everything=sum(a["killed"] == "everything" for a in killed),
+        kinds=", ".join(f"{k} {n}" for k, n in Counter(a["killed"] for a in killed).items()),
+        aimed=sum(bool(a["aim"]) for a in killed),
+        anew=result["anew"],
+        anew_outcome="equal" if result["anew"]["equal"] else "NOT equal",
         seed=result["seed"],
         seconds=result["undisturbed_seconds"],
         repeated=sum(a["repeated"] for a in attempts),
         phases=", ".join(f"{name} {n}" for name, n in phases.most_common()),
-        facts="\n".join(f"- {k}: {v}" for k, v in result["machine"].items()),
+        facts=facts(result),
         lines="\n".join(lines),
         second=both["second"],
         said=both["said"],
@@ -282,10 +354,11 @@ def page(result: dict) -> str:
 
 
 def _moments(one: dict) -> str:
-    marks = {"everything": "all", "first process": "first"}
+    marks = {"everything": "all", "first process": "first", "kernel": "kernel"}
     return ", ".join(
-        f"{a['seconds']:.0f} s ({marks[a['killed']]})" for a in one["attempts"] if a["killed"]
-    )
+        f"{a['seconds']:.0f} s ({marks[a['killed']]}{', ' + a['aim'] if a['aim'] else ''})"
+        for a in one["attempts"] if a["killed"]
+    )  # fmt: skip
 
 
 PAGE = """# Killed at random moments
@@ -293,16 +366,20 @@ PAGE = """# Killed at random moments
 Written by `python bench/faults.py`; every number below comes from `results/bench/faults.json`.
 A tiny profile (fetch, stage 1, `full`, merge; the real Snakefile and notebooks in a copy of the
 project) was run once undisturbed ({seconds} s) and then killed by SIGKILL {kills} times (seed
-{seed}): {everything} times every process at once, otherwise only the first process, whose jobs then
-live on beside the next start. Each round begins with nothing, and the pipeline is started again
-until it ends. Compared with the undisturbed run are all records (provenance aside), the
-predictions, and the SHA-256 of every run's weights. A finished run that was trained again would
-count as repeated: {repeated} were. What was going on when the kills came (`epochs`: a checkpoint
-was there or being written): {phases}.
+{seed}; {kinds}): every process at once; only the first process, whose jobs then live on beside the
+next start; or only a notebook's kernel, where one was there, after which the pipeline ends with an
+error by itself. {aimed} were aimed at a short rule, the others came at a random second. Each round
+begins with nothing, and the pipeline is started again until it ends. Compared with the undisturbed
+run are all records (provenance aside), the predictions, and the SHA-256 of every run's weights. A
+finished run that was trained again would count as repeated: {repeated} were. What was going on when
+the kills came (`epochs`: a checkpoint was there or being written): {phases}.
 
 {facts}
 
-| round | killed after | runs found finished | repeated | left-over files | outcome |
+Left over at the end are hidden files of a killed writer + notebooks as far as they came, kept on
+purpose in `runs/notebooks/failed/` + folders of sockets in `$TMPDIR`, a few bytes each.
+
+| round | killed after | runs found finished | repeated | left over | outcome |
 |---:|---|---:|---:|---:|---|
 {lines}
 
@@ -314,6 +391,13 @@ outcome was {both} to the undisturbed run. The second said:
 ```
 {said}
 ```
+
+## Begun anew, and killed
+
+With all records there, `FRESH=1` moved {anew[kept]} finished runs aside and began anew; every
+process was killed after {anew[killed_after]} s, when {anew[finished_by_the_kill]} had been trained.
+The next start, without `FRESH=1`, went on: {anew[trained_again]} of {anew[runs]} were trained again
+and {anew[repeated]} twice; the outcome was {anew_outcome} to the undisturbed run.
 """
 
 
@@ -331,7 +415,8 @@ def main() -> None:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(text)
     print(page(result))
-    if not all(part["equal"] for part in (*result["rounds"], result["two_at_once"])):
+    parts = (*result["rounds"], result["two_at_once"], result["anew"])
+    if not all(part["equal"] for part in parts):
         raise SystemExit("records differ from those of the undisturbed run")
 
 

@@ -29,8 +29,9 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import torch
-from contrastive_loss import DOCS, RESULTS, machine, median_ratio
+from contrastive_loss import DOCS, RESULTS, machine_of, median_ratio
 from layouts import SPECIAL, save_bert
+from machine import facts
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -255,8 +256,10 @@ def summary(spent: dict[str, list[dict]]) -> dict[str, float]:
 def run(cases: dict[str, Case]) -> dict:
     """All cases."""
     with precision("fp32-fast"):
-        facts = machine(torch.get_float32_matmul_precision(), torch.device("cpu"))
-    result = {"machine": facts, "cases": {}}
+        result = {
+            "machine": machine_of(torch.get_float32_matmul_precision(), torch.device("cpu")),
+            "cases": {},
+        }
     for name, case in cases.items():
         result["cases"][name] = measure(case)
         print(name, json.dumps(result["cases"][name], indent=1), flush=True)
@@ -306,7 +309,7 @@ def page(result: dict) -> str:
         for c in cases
     ]
     return PAGE.format(
-        facts="\n".join(f"- {key}: {value}" for key, value in result["machine"].items()),
+        facts=facts(result),
         speed="\n".join(speed),
         parts="\n".join(parts),
         same="\n".join(same),

@@ -43,7 +43,7 @@ from contrastive_loss import (
     RESULTS,
     committed,
     forget_peak,
-    machine,
+    machine_of,
     mask_of_entries,
     median_ratio,
     name_of,
@@ -650,7 +650,7 @@ def measure_here(names: list[str], sizes: Sizes) -> list[dict]:
 
 def run(sizes: Sizes, names: list[str], quick: bool) -> dict:
     """All measurements."""
-    facts = machine(torch.get_float32_matmul_precision())
+    facts = machine_of(torch.get_float32_matmul_precision())
     del facts["product precision"]  # each variant has its own
     result = {"machine": facts, "sizes": asdict(sizes), "parity": parity()}
     with tempfile.TemporaryDirectory() as folder:

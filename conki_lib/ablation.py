@@ -1,6 +1,6 @@
 """Rows of every table as data: a name, the settings it changes, its meaning; run or load any row.
 
-Source: paper, section 6; the parts of C4, readings, switches and sweeps are this project's additions.
+Source: paper, section 6; parts of C4, readings, switches and sweeps are this project's additions.
 """
 
 import re

@@ -138,7 +138,7 @@ def index() -> None:
 def pipeline(
     extra: Annotated[list[str] | None, typer.Argument(help="passed on to Snakemake")] = None,
     profile: Annotated[str, typer.Option(help="configs/<profile>.yml")] = "synthetic",
-    rows: Annotated[str, typer.Option(help="'full,w/o N1', all, switches; default: the profile's")] = "",
+    rows: Annotated[str, typer.Option(help="'full,w/o N1', all or switches; default: a few")] = "",
     seeds: Annotated[str, typer.Option(help="3: the first three; 0,4,7: these; 2-5")] = "",
     folds: Annotated[str, typer.Option(help="'standard,other'; default: the profile's")] = "",
     cores: Annotated[int, typer.Option(min=1)] = 2,

@@ -63,7 +63,8 @@ def parse_seeds(text: str) -> list[int]:
 def parse_rows(text: str, profile: str) -> list[str]:
     """Read rows: ``"full,w/o N1"``; ``"all"``: each of the main table that the profile can run.
 
-    ``"switches"`` are those of the audit in the same way. Nothing means those that the profile trains by default.
+    ``"switches"`` are those of the audit in the same way; nothing means those that the profile
+    trains by default.
 
     Raises:
         ValueError: an unknown row, with the near ones, or one that is not for this profile.

@@ -381,6 +381,23 @@ def test_on_a_cluster_rules_that_train_ask_for_a_gpu(name):
     assert profile["retries"] >= 1 and profile["rerun-triggers"] == ["mtime"]
 
 
+@pytest.mark.parametrize("name", ["slurm", "kubernetes"])
+def test_the_plan_of_a_cluster_can_be_made(tmp_path, name):
+    plugin = f"snakemake_executor_plugin_{name}"
+    pytest.importorskip(plugin, reason="the extra `cluster` is not installed")
+    environment = os.environ | {
+        "CONKI_RUNS": str(tmp_path / "runs"), "CONKI_DATA": str(tmp_path / "data")
+    }  # fmt: skip
+    words = ["--workflow-profile", f"profiles/{name}", "--nolock", "--dry-run", "--nocolor"]
+    done = subprocess.run(
+        [sys.executable, "-m", "snakemake", *words, "--config", "profile=mosi", "rows='w/o C1'"],
+        cwd=ROOT, capture_output=True, text=True, env=environment, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    rule = (done.stdout + done.stderr).split("rule variant:")[1].split("rule ")[0]
+    assert "gpu=1" in rule and "runtime=480" in rule
+
+
 def test_a_rehearsal_does_nothing(tmp_path):
     environment = os.environ | {
         "CONKI_RUNS": str(tmp_path / "my runs"), "CONKI_DATA": str(tmp_path / "data")

@@ -81,7 +81,7 @@ def test_difference_table(differences):
     table = plots.difference_table(differences, METRICS).set_index("row")
     assert table.loc["w/o N1", "MAE"] == "+0.050 [+0.010, +0.090]"
     assert table.loc["TFN", "Acc-2 non0 (points)"] == "+2.0 [+1.0, +3.0]"
-    assert table.loc["TFN", ["p", "p Holm"]].tolist() == ["<0.001", "0.020"]
+    assert table.loc["TFN", ["p (MAE)", "p Holm (MAE)"]].tolist() == ["<0.001", "0.020"]
 
 
 def test_written_tables_say_the_same(tmp_path, differences):
@@ -124,7 +124,11 @@ def test_a_row_far_outside_does_not_set_the_axis(differences):
     near = [mae.assign(variant=f"row {k}") for k in range(4)]
     far = mae.iloc[:1].assign(variant="w/o C3", difference=1.5, low=1.4, high=1.6)
     ax = plots.difference_figure(pd.concat([*near, far]), ["mae"]).axes[0]
-    assert ax.get_xlim()[1] < 0.5 and [t.get_text() for t in ax.texts] == ["+1.5"]
+    assert ax.get_xlim()[1] < 0.5 and [t.get_text() for t in ax.texts] == ["+1.50 [+1.40, +1.60]"]
+    cut = mae.iloc[:1].assign(variant="wide", difference=0.05, low=-0.9, high=0.06)
+    ax = plots.difference_figure(pd.concat([*near, cut]), ["mae"]).axes[0]
+    ends = [line.get_xdata()[0] for line in ax.lines if line.get_marker() in ("<", ">")]
+    assert ends == [ax.get_xlim()[0]]
 
 
 def test_other_figures_draw_what_they_are_given(runs, differences):
@@ -152,6 +156,9 @@ def test_rows_far_outside_do_not_hide_the_others():
          for row, mae in rows for k in range(5)])  # fmt: skip
     ax = plots.runs_figure(runs, ["mae"]).axes[0]
     assert ax.get_xlim()[1] < 1 and [t.get_text() for t in ax.texts] == ["1.49 to 1.51"]
+    (boxed,) = [c for c in ax.collections if c.get_transform() == ax.get_yaxis_transform()
+                or c.get_offset_transform() == ax.get_yaxis_transform()][:1]  # fmt: skip
+    assert len(boxed.get_offsets()) == 5 and all(0.8 < x < 1 for x, _ in boxed.get_offsets())
     ax = plots.runs_figure(runs[runs["variant"] != "w/o C3"], ["mae"]).axes[0]
     assert not ax.texts and sum(len(c.get_offsets()) for c in ax.collections[::2]) == 20
     same = runs.assign(mae=1.0)  # one run of a row has no range

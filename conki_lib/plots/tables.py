@@ -12,6 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import TwoSlopeNorm
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.patches import Rectangle
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from conki_lib.config import ROOT
@@ -105,7 +106,8 @@ def difference_table(differences: pd.DataFrame, metrics: Sequence[str]) -> pd.Da
             shown = f"{d:+.{digits}f} [{low:+.{digits}f}, {high:+.{digits}f}]"
             line[METRIC_NAMES[m].replace("(%)", "(points)")] = shown if np.isfinite(d) else ""
             if m == "mae":
-                line |= {"p": _p(part.loc[m, "p"]), "p Holm": _p(part.loc[m, "p_holm"])}
+                line |= {"p (MAE)": _p(part.loc[m, "p"])}
+                line |= {"p Holm (MAE)": _p(part.loc[m, "p_holm"])}
         lines.append(line)
     return pd.DataFrame(lines)
 
@@ -168,8 +170,8 @@ def footnote(fig: Figure, text: str) -> Figure:
 def runs_figure(runs: pd.DataFrame, metrics: Sequence[str], base: str = "full") -> Figure:
     """Draw every run as a point, the mean of a row as a bar; the line is the mean of `base`.
 
-    A row far outside stands at the border, with the range of its runs, so that the others are told
-    apart.
+    A row far outside stands in a grey box at the border, with the range of its runs, which is the
+    box's scale; so the others are told apart.
 
     Args:
         runs: one line per run: variant, group, seed and the metrics; in the tables' order.
@@ -188,14 +190,16 @@ def runs_figure(runs: pd.DataFrame, metrics: Sequence[str], base: str = "full") 
         far = _far_outside(by_row)
         for y, (row, values) in enumerate(zip(rows, by_row, strict=True)):
             color, marker = GROUP_COLORS[group_of[row]], GROUP_MARKERS[group_of[row]]
+            across = ax.transData
             if far[y]:
                 text = [f"{x:.{1 if is_share(metric) else 2}f}" for x in (min(values), max(values))]
-                _at_border(ax, y, " to ".join(dict.fromkeys(text)), far[y], color)
-                continue
+                values = _into_box(ax, y, " to ".join(dict.fromkeys(text)), values, far[y], color)
+                across = ax.get_yaxis_transform()
             spread = np.linspace(-0.22, 0.22, len(values)) if len(values) > 1 else [0.0]
             ax.scatter(values, y + np.asarray(spread), s=26, color=color, alpha=0.8,
-                       marker=marker, lw=0, zorder=4)  # fmt: skip
-            ax.vlines(values.mean(), y - 0.36, y + 0.36, color=INK, lw=1.6, zorder=3)
+                       marker=marker, lw=0, zorder=4, transform=across)  # fmt: skip
+            ax.vlines(values.mean(), y - 0.36, y + 0.36, color=INK, lw=1.6, zorder=3,
+                      transform=across)  # fmt: skip
         if base in rows:
             mean = runs.loc[runs["variant"] == base, metric].mean(skipna=False) * scale
             ax.axvline(mean, color=MUTED, ls="--", lw=1, zorder=1)
@@ -216,11 +220,19 @@ def _far_outside(by_row: Sequence[np.ndarray]) -> np.ndarray:
     return np.sign(apart) * (np.abs(apart) > 6 * usual) if usual > 0 else 0 * apart
 
 
-def _at_border(ax: Axes, y: int, text: str, side: float, color: str) -> None:
-    ax.annotate(text, (0.5 + 0.5 * side, y), (0.5 + 0.3 * side, y), fontsize=8, color=color,
-                xycoords=ax.get_yaxis_transform(), ha="right" if side > 0 else "left", va="center",
-                bbox={"fc": "white", "lw": 0, "pad": 0.6},
-                arrowprops={"arrowstyle": "->", "color": color})  # fmt: skip
+def _into_box(
+    ax: Axes, y: int, text: str, values: np.ndarray, side: float, color: str
+) -> np.ndarray:
+    """Draw a grey box at a border, and say its range; places in it, as shares of the width."""
+    left = 0.82 if side > 0 else 0.0
+    ax.add_patch(Rectangle((left, y - 0.4), 0.18, 0.8, fc="#E4E4E4", lw=0, zorder=1,
+                           transform=ax.get_yaxis_transform()))  # fmt: skip
+    ax.annotate(text, (left if side > 0 else 0.18, y), (-4 * side, 0), fontsize=8, color=color,
+                xycoords=ax.get_yaxis_transform(), textcoords="offset points", va="center",
+                ha="right" if side > 0 else "left", zorder=5,
+                bbox={"fc": "white", "lw": 0, "pad": 0.6})  # fmt: skip
+    spread = np.ptp(values)
+    return left + 0.03 + 0.12 * ((values - values.min()) / spread if spread > 0 else 0.5)
 
 
 def _direction(metric: str) -> str:
@@ -243,7 +255,7 @@ def difference_figure(
 
     Blue circles: better than the base row; red squares: worse, both at p < 0.05 after Holm's
     correction; hollow grey: not told apart from chance, as always with one seed. A row far outside
-    stands at the border, with its number.
+    stands at the border, in numbers; an interval that goes on outside ends in an arrow.
 
     Args:
         differences: from `conki_lib.statistics.paired_differences`.
@@ -289,20 +301,26 @@ def _draw_difference(ax: Axes, y: int, row, metric: str, limit: float) -> None:
     color = (BETTER if better else WORSE) if sure else OPEN
     marker = "s" if sure and not better else "o"
     x, low, high = (value * scale for value in (row.difference, row.low, row.high))
-    if abs(x) > limit:
-        side = np.sign(x)
-        ax.annotate(f"{x:+.3g}", (side * limit, y), (0.55 * side * limit, y), fontsize=8,
-                    color=color, ha="center", va="center",
+    if abs(x) > 0.95 * limit:
+        side, digits = np.sign(x), 1 if is_share(metric) else 2
+        text = f"{x:+.{digits}f} [{low:+.{digits}f}, {high:+.{digits}f}]"
+        ax.annotate(text, (side * limit, y), (0.8 * side * limit, y), fontsize=8,
+                    color=color, ha="right" if side > 0 else "left", va="center",
+                    bbox={"fc": "white", "lw": 0, "pad": 0.6},
                     arrowprops={"arrowstyle": "->", "color": color})  # fmt: skip
         return
-    ax.hlines(y, low, high, color=color, lw=1.8)
+    ax.hlines(y, max(low, -limit), min(high, limit), color=color, lw=1.8)
+    for end, arrow in ((low, "<"), (high, ">")):
+        if abs(end) > limit:
+            ax.plot(np.sign(end) * limit, y, arrow, ms=5, color=color, clip_on=False)
     ax.plot(x, y, marker, ms=4.5, color=color, mfc=color if sure else "white")
 
 
 def change_heatmap(changes: pd.DataFrame, title: str = "", xlabel: str = "") -> Figure:
     """Draw where rows err more (red) or less (blue) than `full`; a star marks p < 0.05.
 
-    Not corrected; no star below two seeds or 20 utterances: too few for any test.
+    Not corrected; no star below two seeds or 20 utterances, too few for any test: such groups are
+    drawn pale.
 
     Args:
         changes: from `conki_lib.reasons.error_changes`.
@@ -313,16 +331,19 @@ def change_heatmap(changes: pd.DataFrame, title: str = "", xlabel: str = "") -> 
     value = changes.pivot(index="variant", columns="group", values="difference").loc[rows, groups]
     sure = changes.assign(sure=(changes["p"] < 0.05) & (changes["utterances"] >= 20))
     star = sure.pivot(index="variant", columns="group", values="sure").loc[rows, groups]
-    limit = max(float(np.nanquantile(np.abs(value.to_numpy()), 0.9)), 1e-6)
+    n = changes.drop_duplicates("group").set_index("group")["utterances"][groups]
+    many = value.loc[:, n >= 20] if (n >= 20).any() else value
+    limit = max(float(np.nanquantile(np.abs(many.to_numpy()), 0.9)), 1e-6)
     fig, ax = plt.subplots(figsize=(2.6 + 0.92 * len(groups), max(2.4, 1.5 + 0.34 * len(rows))))
     image = ax.imshow(value, cmap="RdBu_r", norm=TwoSlopeNorm(0, -limit, limit), aspect="auto")
     for i, j in np.ndindex(value.shape):
         x = value.iloc[i, j]
         if np.isfinite(x):
             text = f"{x:+.2f}{'*' if star.iloc[i, j] else ''}" if abs(x) >= 0.005 else "0"
-            dark = "white" if abs(x) > 0.6 * limit else INK
+            dark = "white" if abs(x) > 0.6 * limit and n.iloc[j] >= 20 else INK
             ax.text(j, i, text, ha="center", va="center", fontsize=8, color=dark)
-    n = changes.drop_duplicates("group").set_index("group")["utterances"]
+    for j in np.flatnonzero(n < 20):
+        ax.add_patch(Rectangle((j - 0.5, -0.5), 1, len(rows), fc="white", alpha=0.6, lw=0))
     ax.set_xticks(range(len(groups)), [f"{textwrap.fill(str(g), 12)}\nn = {n[g]}" for g in groups])
     ax.set_yticks(range(len(rows)), rows)
     ax.set(title=title, xlabel=xlabel)
@@ -403,16 +424,16 @@ def sweep_figure(
 
 def _spread_labels(ax: Axes, x: pd.Series, y: pd.Series) -> None:
     """Write names to the right of each cluster of points, from the lowest up, none over another."""
-    wide, step = x.max() - x.min(), 0.045 * (y.max() - y.min())
+    wide, step = x.max() - x.min(), 0.065 * (y.max() - y.min())  # a line of text
     taken: list[tuple[float, float]] = []
     for model in y.sort_values().index:
-        right = float(x[(x - x[model]).abs() < 0.08 * wide].max()) + 0.03 * wide
+        right = float(x[(x - x[model]).abs() < 0.1 * wide].max()) + 0.03 * wide
         near = [height for at, height in taken if abs(at - right) < 0.25 * wide]
         height = max([float(y[model]), *(h + step for h in near)])
         taken.append((right, height))
         place = (right, height)
         ax.annotate(model, (x[model], y[model]), place, fontsize=8, va="center", zorder=5,
-                    bbox={"fc": "white", "alpha": 0.8, "lw": 0, "pad": 0.4},
+                    bbox={"fc": "white", "lw": 0, "pad": 0.2},
                     arrowprops={"arrowstyle": "-", "color": MUTED, "lw": 0.6})  # fmt: skip
     ax.margins(x=0.2)
 
@@ -470,7 +491,8 @@ def published_figure(
         ax.scatter(x, y, s=34, color=color, marker=marker, alpha=0.75, lw=0, zorder=3,
                    label=f"{row} (ours, n = {len(x)})")  # fmt: skip
     x, y = (published[m] * s for m, s in zip(metrics, scale, strict=True))
-    ax.scatter(x, y, s=30, facecolor="white", edgecolor=INK, label="published average (MMSA)")
+    ax.scatter(x, y, s=30, facecolor="white", edgecolor=INK, zorder=6,
+               label="published average (MMSA)")  # fmt: skip
     _spread_labels(ax, x, y)
     ax.set(xlabel=f"{METRIC_NAMES[metrics[0]]}, {_direction(metrics[0])}",
            ylabel=f"{METRIC_NAMES[metrics[1]]}, {_direction(metrics[1])}")  # fmt: skip

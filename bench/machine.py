@@ -1,0 +1,33 @@
+"""What every result depends on, and what each page therefore names: machine, load, code, day."""
+
+import os
+import platform
+from datetime import date
+from pathlib import Path
+
+from conki_lib.records import code_hash
+
+
+def machine() -> dict[str, str | int | float]:
+    """Facts of this machine and code; call it before the work, since the load is part of them."""
+    return {
+        "processor": processor(),
+        "cores": os.cpu_count() or 1,
+        "python": platform.python_version(),
+        "load before the start": round(os.getloadavg()[0], 1),
+        "code that determines results": code_hash(),
+        "day": date.today().isoformat(),
+    }
+
+
+def processor() -> str:
+    """Its name, where the system tells it."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
+
+
+def facts(result: dict) -> str:
+    """The machine of a result, as lines of a page."""
+    return "\n".join(f"- {name}: {value}" for name, value in result["machine"].items())

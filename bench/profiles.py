@@ -1,0 +1,171 @@
+"""How long the two README commands' work takes: `make reproduce`, and one run of mosi-open.
+
+    python bench/profiles.py           # a quarter of an hour on an idle machine
+    python bench/profiles.py --page    # the page from the committed results
+
+In a copy of the project, from nothing (no corpora, no runs): the whole pipeline of the default
+profile, with the time of every job from Snakemake's log; then `conki train` of both stages of
+mosi-open, whose corpora are fetched before, as the network is not what is measured. Offline,
+CONKI_MIRROR names a folder with the published files; without either, mosi-open is left out. Writes
+results/bench/profiles.json and docs/benchmarks/profiles.md.
+"""
+
+import argparse
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from datetime import datetime
+from pathlib import Path
+
+from machine import facts, machine
+
+HERE = Path(__file__).resolve().parents[1]
+COPIED = ("Snakefile", "profiles", "conki_lib", "notebooks", "configs", "docs", "results")
+ASKED = {"reproduce": 240, "mosi-open": 360}  # seconds, on two cores
+MOSI, CORES = "mosi-open", 2
+
+
+def project(folder: Path) -> Path:
+    """Copy what a clone has; corpora and runs are not in it."""
+    for name in COPIED:
+        copy = shutil.copytree if (HERE / name).is_dir() else shutil.copyfile
+        copy(HERE / name, folder / name)
+    (folder / "data").mkdir()
+    shutil.copyfile(HERE / "data/registry.txt", folder / "data/registry.txt")
+    return folder
+
+
+def timed(folder: Path, *words: str, **more: str) -> tuple[float, str]:
+    """Seconds and output of one call of `conki` in the copy; an error ends the benchmark."""
+    kept = {k: v for k, v in os.environ.items() if k == "CONKI_MIRROR" or "CONKI_" not in k}
+    path = os.pathsep.join(p for p in (str(folder), os.environ.get("PYTHONPATH")) if p)
+    environment = kept | {"CONKI_HOME": str(folder), "PYTHONPATH": path} | more
+    start = time.monotonic()
+    done = subprocess.run(
+        [sys.executable, "-m", "conki_lib.cli", *words],
+        cwd=folder, env=environment, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    said = done.stdout + done.stderr
+    if done.returncode:
+        raise RuntimeError(f"conki {' '.join(words)} failed:\n{said[-3000:]}")
+    return time.monotonic() - start, said
+
+
+def jobs(said: str) -> list[dict]:
+    """Name and seconds of each job, from the times in Snakemake's log, which are whole seconds."""
+    now, begun, found = None, {}, []
+    for line in said.splitlines():
+        if stamp := re.match(r"\[(\w{3} \w{3} +\d+ [\d:]+ \d{4})\]", line):
+            now = datetime.strptime(stamp[1], "%a %b %d %H:%M:%S %Y")
+        elif rule := re.match(r"(?:local)?rule (\w+):", line):
+            job = {"rule": rule[1]}
+        elif output := re.match(r"    output: .*/\.jobs/(\S+)", line):
+            job["job"] = output[1]
+        elif number := re.match(r"    jobid: (\d+)", line):
+            begun[number[1]] = job | {"begun": now}
+        elif ended := re.match(r"Finished jobid: (\d+)", line):
+            job = begun.pop(ended[1])
+            seconds = (now - job.pop("begun")).total_seconds()
+            found.append(job | {"seconds": seconds})
+    return found
+
+
+def run() -> dict:
+    """Both measurements."""
+    result: dict = {"machine": machine(), "cores": CORES}
+    with tempfile.TemporaryDirectory() as name:
+        folder = project(Path(name).resolve())
+        seconds, said = timed(folder, "pipeline", "--cores", str(CORES))
+        result["reproduce"] = {"seconds": seconds, "jobs": jobs(said)}
+        print(json.dumps(result, indent=1), flush=True)
+        try:
+            for corpus in (MOSI, "meld-text"):
+                timed(folder, "fetch", corpus)
+        except RuntimeError as error:
+            print(f"{MOSI} is left out: {error}")
+            return result
+        words = ("train", "--profile", MOSI, "--seed", "0")
+        seconds, said = timed(folder, *words, OMP_NUM_THREADS=str(CORES))
+        result[MOSI] = {"seconds": seconds, "stages": stages(folder)}
+    return result
+
+
+def stages(folder: Path) -> dict[str, float]:
+    """Seconds of both stages, as their records say."""
+    found = {}
+    for path in (folder / "runs" / MOSI).glob("*/record.json"):
+        record = json.loads(path.read_text())
+        found[f"stage {record['stage']}"] = record["provenance"]["seconds"]
+    return found
+
+
+def page(result: dict) -> str:
+    """The page of the benchmark; every number in it comes from the result."""
+    whole = {name: result[name]["seconds"] for name in ASKED if name in result}
+    asked = "\n".join(
+        f"| {name} | {ASKED[name]} s | {seconds:.0f} s | "
+        f"{'met' if seconds <= ASKED[name] else '**missed**'} |"
+        for name, seconds in whole.items()
+    )
+    lines = sorted(result["reproduce"]["jobs"], key=lambda job: -job["seconds"])
+    spent = sum(job["seconds"] for job in lines)
+    shares = "\n".join(
+        f"| {job.get('job') or job['rule']} | {job['seconds']:.0f} | {job['seconds'] / spent:.0%} |"
+        for job in lines
+        if job["seconds"] >= 1
+    )
+    stages_of = result.get(MOSI, {}).get("stages", {})
+    told = ", ".join(f"{name} {seconds:.0f} s" for name, seconds in sorted(stages_of.items()))
+    return PAGE.format(
+        facts=facts(result), asked=asked, shares=shares, spent=f"{spent:.0f}",
+        cores=result["cores"], told=told or "not measured", day=result["machine"]["day"],
+    )  # fmt: skip
+
+
+PAGE = """# The default profiles, from nothing
+
+Written by `python bench/profiles.py`; every number below comes from `results/bench/profiles.json`.
+`reproduce`: what `make reproduce` does once everything is installed, in a copy without corpora and
+runs: both corpora are generated, three models trained in two stages, all notebooks executed.
+`mosi-open`: `conki train --profile mosi-open`, both stages, corpora fetched before. {cores} cores.
+
+{facts}
+
+| what | asked at most | found | |
+|---|---:|---:|---|
+{asked}
+
+The two stages of the run of mosi-open, as its records say (stage 2 counts from the start of the
+command, stage 1 included): {told}.
+
+## Where the time of `reproduce` goes
+
+Seconds of each job by the clock, from Snakemake's log; {cores} jobs run side by side, so they add up
+to more than the whole ({spent} s). A job's seconds begin with a new Python process and a new kernel.
+
+| job | seconds | share |
+|---|---:|---:|
+{shares}
+"""
+
+
+def main() -> None:
+    """Run everything and write the page."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--page", action="store_true", help="the page from the results")
+    given = parser.parse_args()
+    results, docs = HERE / "results/bench/profiles.json", HERE / "docs/benchmarks/profiles.md"
+    result = json.loads(results.read_text()) if given.page else run()
+    for path, text in ((results, json.dumps(result, indent=1) + "\n"), (docs, page(result))):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    print(page(result))
+
+
+if __name__ == "__main__":
+    main()
