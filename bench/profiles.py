@@ -145,8 +145,8 @@ command, stage 1 included): {told}.
 
 ## Where the time of `reproduce` goes
 
-Seconds of each job by the clock, from Snakemake's log; {cores} jobs run side by side, so they add up
-to more than the whole ({spent} s). A job's seconds begin with a new Python process and a new kernel.
+Seconds of each job by the clock, from Snakemake's log; {cores} jobs run side by side, so they add
+up to more than the whole ({spent} s). Each begins with a new Python process, most with a kernel.
 
 | job | seconds | share |
 |---|---:|---:|

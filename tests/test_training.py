@@ -359,24 +359,44 @@ def test_micro_batches_draw_their_dropout_once():
     assert torch.equal(model.scale.grad, (first + second).sum(0))
 
 
-def test_two_processes_give_what_one_gives(still, tmp_path, monkeypatch):
+TWO_PROCESSES = """
+import json, os, signal, sys
+import torch; torch.set_num_threads(1)
+from conki_lib import fitting, training
+from conki_lib.config import RunConfig
+
+save = fitting._checkpoint
+
+def save_and_die(*given):
+    save(*given)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+if sys.argv[2] == "dies":
+    fitting._checkpoint = save_and_die
+training.fine_tune(RunConfig(**json.loads(sys.argv[1])))
+"""
+
+
+def test_two_processes_killed_and_started_again_give_what_one_gives(still, tmp_path, monkeypatch):
     alone = training.fine_tune(still)
-    runs = tmp_path / "two"
-    code = (
-        "import json, sys\n"
-        "import torch; torch.set_num_threads(1)\n"
-        "from conki_lib import training\n"
-        "from conki_lib.config import RunConfig\n"
-        "training.fine_tune(RunConfig(**json.loads(sys.argv[1])))\n"
-    )
-    script = tmp_path / "job.py"
-    script.write_text(code)
+    runs, script = tmp_path / "two", tmp_path / "job.py"
+    script.write_text(TWO_PROCESSES)
     env = os.environ | {"CONKI_RUNS": str(runs), "CONKI_HEADLESS": "1"}
-    # what `accelerate launch` starts on GPUs; on CPUs alone it would want MPI
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2",
-               str(script), json.dumps(still.flat())]  # fmt: skip
-    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+
+    def launch(*words: str) -> subprocess.CompletedProcess:
+        # without a GPU, processes of --multi_gpu compute on the CPU, and no MPI is needed
+        command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu",
+                   "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no",
+                   "--dynamo_backend", "no", "--main_process_port", "0", str(script)]  # fmt: skip
+        return subprocess.run([*command, json.dumps(still.flat()), *words], env=env,
+                              capture_output=True, text=True, check=False)  # fmt: skip
+
+    done = launch("dies")
+    assert done.returncode != 0 and list(runs.glob("tiny/stage1-*/checkpoint-*"))
+    assert not list(runs.glob("tiny/*/record.json"))
+    done = launch("lives")
     assert done.returncode == 0, done.stderr[-3000:]
+    assert "resuming" in done.stdout + done.stderr
     monkeypatch.setenv("CONKI_RUNS", str(runs))
     monkeypatch.setattr(training, "fit", lambda job: pytest.fail("trained again"))
     together = training.fine_tune(still)
