@@ -339,7 +339,9 @@ Stage 1 trains adapters on frozen backbones, whose hidden states never change. T
 them once, and trains from a memory-mapped cache. Here one epoch of `fit`, training and validation,
 runs both ways in turns, from the same weights and seed, on `synthetic-external` or its first
 utterances; batches of 32, fp32-fast, medians of {rounds} rounds. The BERT has random weights, which
-changes no time. Where other work ran beside, as the load says, read the processor time.
+changes no time. Where other work ran beside, as the load says, read the processor time. With
+`padding: released` (profiles `mosi`, `mosei`, `sims`) states depend on their batch's longest
+sequence: there is no cache, and stage 1 runs its backbones anew.
 
 {facts}
 

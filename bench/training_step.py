@@ -417,11 +417,14 @@ class Bench:
         }
 
     def chosen(self, kind: str) -> list[Batch]:
-        """Some batches of a kind, at evenly spread places of their order by size."""
-        found, n = self.batches[kind], self.sizes.batches
-        if len(found) <= n:
-            return found
-        return [found[int((i + 0.5) * len(found) / n)] for i in range(n)]
+        """Some batches of a kind: their order by size in equal parts, of each the most average."""
+        found = self.batches[kind]
+        parts = np.array_split(np.arange(len(found)), min(self.sizes.batches, len(found)))
+        means = [np.mean([area(found[i]) for i in part]) for part in parts]
+        return [
+            min((found[i] for i in part), key=lambda batch, mean=mean: abs(area(batch) - mean))
+            for part, mean in zip(parts, means, strict=True)
+        ]
 
     @contextmanager
     def prepared(self, variant: Variant) -> Iterator[None]:
@@ -579,7 +582,7 @@ def take_turns(bench: Bench, names: list[str]) -> dict[str, dict[str, list[float
             if not turn and variant.batches == "random" and not GPU:
                 batches = batches[:1]
             if not turn and variant.batches == "padded" and not GPU:
-                continue  # as long as a whole round of the others; its kernels are theirs
+                batches = bench.batches["bucketed"][:1]  # else as long as all others together
             with bench.prepared(variant):
                 clock, cpu = seconds_of(bench, variant, batches)
             print(f"round {turn}  {name:<12} {clock:8.3f} s", flush=True)
@@ -648,7 +651,7 @@ def measure_here(names: list[str], sizes: Sizes) -> list[dict]:
     return rows
 
 
-def run(sizes: Sizes, names: list[str], quick: bool) -> dict:
+def run(sizes: Sizes, names: list[str], quick: bool, keep_memory: bool = False) -> dict:
     """All measurements."""
     facts = machine_of(torch.get_float32_matmul_precision())
     del facts["product precision"]  # each variant has its own
@@ -657,10 +660,13 @@ def run(sizes: Sizes, names: list[str], quick: bool) -> dict:
         bench = Bench(Path(folder), sizes, tuple(names))
         result["real_share"] = bench.valid
         result["areas"] = {k: [area(b) for b in bench.chosen(k)] for k in bench.batches}
+        result["mean_areas"] = {k: np.mean([*map(area, v)]) for k, v in bench.batches.items()}
         result["timed"] = timed(bench, names)
         del bench
     if GPU:
         result["memory"] = measure_here(names, sizes)
+    elif keep_memory:
+        result["memory"] = committed("training_step")[0]["memory"]
     else:
         alone = ["plain", "ours"] if quick else names
         result["memory"] = [measure(name, quick, torch.get_num_threads()) for name in alone]
@@ -716,11 +722,19 @@ def page(result: dict) -> str:
         ladder=lines(rows[rows["option"] == ""], "variant | measure", gpu),
         options=lines(rows[rows["option"] != ""], "option |", gpu),
         share=f"{result['real_share']:.0%}",
+        representative=representative(result),
         vision=sizes["steps"][0],
         audio=sizes["steps"][1],
         **{k: sizes[k] for k in ("B", "d", "layers", "tokens", "rounds", "batches", "utterances")},
         **(GPU_TEXTS if gpu else CPU_TEXTS),
     )
+
+
+def representative(result: dict) -> str:
+    """How large the timed batches of each kind are against all of that kind."""
+    if not (means := result.get("mean_areas")):
+        return "not noted"
+    return ", ".join(f"{k} {np.mean(v) / means[k]:.2f}" for k, v in result["areas"].items())
 
 
 def verdicts(rows: pd.DataFrame) -> str:
@@ -792,11 +806,12 @@ PAGE = """# One fine-tuning step: a plain implementation and ours{where}
 Written by `python bench/training_step.py`; every number below comes from
 `results/bench/{name}.json`.
 
-Stage 2 at the released shapes: batches of {B}, {vision} vision and {audio} audio steps, {tokens}
-tokens, a text backbone of {layers} layers, width {d}, adapters of two layers as wide, frozen. A
-step is forward, loss, backward and AdamW; reading the batch from disk is not in it. Lengths of the
-{utterances} generated utterances vary as in a corpus whose maximum is mean + 3 deviations: {share}
-of the vision and audio steps are real. Weights are random, which changes no time.
+Stage 2 at the released shapes (in the library with `padding: masked`): batches of {B}, {vision}
+vision and {audio} audio steps, {tokens} tokens, a text backbone of {layers} layers, width {d},
+adapters of two layers as wide, frozen. A step is forward, loss, backward and AdamW; reading the
+batch from disk is not in it. Lengths of the {utterances} generated utterances vary as in a corpus
+whose maximum is mean + 3 deviations: {share} of the vision and audio steps are real. Weights are
+random, which changes no time.
 
 *Plain* is written for this benchmark from the facts that the audit lists: no trimming, masks
 ignored in adapters and means, attention written out, default fp32, a Python loop over the pair
@@ -815,7 +830,9 @@ same loss and gradient (checked at each start, see below).
 
 Each line adds one measure to the line before. Factor: how many times faster than that line; the
 last column but one: than plain. Medians of {rounds} rounds in which all take turns; a step is the
-mean over as many batches, evenly spread over the lengths that occur, as stand here: {batches}.
+mean over {batches} batches of the variant's kind (one where all are alike): the lengths that occur
+are cut into as many parts, and of each part the most average batch is taken. Padded vision and
+audio steps of the timed batches over the mean of all: {representative}.
 
 {ladder}
 
@@ -875,6 +892,9 @@ def main() -> None:
     parser.add_argument(
         "--skip", nargs="*", default=["compiled"], choices=OPTIONS, help="options left out"
     )
+    parser.add_argument(
+        "--keep-memory", action="store_true", help="a CPU's peaks as committed: half of the time"
+    )
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--one", choices=VARIANTS, help=argparse.SUPPRESS)
     given = parser.parse_args()
@@ -890,7 +910,7 @@ def main() -> None:
             write(result)
         return
     names = [name for name in VARIANTS if name not in given.skip]
-    result = run(replace(sizes, **chosen), names, given.quick)
+    result = run(replace(sizes, **chosen), names, given.quick, given.keep_memory)
     if given.quick:
         draw(result)
         print(page(result))
