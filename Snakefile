@@ -19,7 +19,7 @@ from pathlib import Path
 
 from snakemake.exceptions import WorkflowError
 
-from conki_lib import ablation, pipeline
+from conki_lib import ablation, anew, pipeline
 from conki_lib.config import ROOT, RunConfig
 from conki_lib.records import runs_dir, slug
 
@@ -32,7 +32,7 @@ SEEDS = pipeline.parse_seeds(str(config.get("seeds", 1)))
 ROWS = pipeline.parse_rows(str(config.get("rows", "")), PROFILE)
 # the default profile and fresh=1 train; others show committed records where today's code made them
 IS_DEFAULT = PROFILE == RunConfig().profile
-TRAINS = IS_DEFAULT or bool(config.get("fresh")) or pipeline.anew(PROFILE).is_file()
+TRAINS = IS_DEFAULT or bool(config.get("fresh")) or anew.is_begun(PROFILE)
 VARIANTS = {slug(row): row for row in ROWS}
 
 NOTEBOOKS = sorted(path.stem for path in (ROOT / "notebooks").glob("[0-9][0-9]_*.ipynb"))
@@ -119,20 +119,27 @@ def agree():
     pipeline.agree(PROFILE, JOBS, truth, drawing=drawing, of_data=of_data, of_runs=of_runs)
 
 
+TRAINED = [marker("stage1", f"s{seed}") for seed in STAGE_1_SEEDS]
+TRAINED += [marker(name, f"s{seed}", fold) for name, seed, fold in CONFIGS]
+
+
+def end_anew():
+    """What FRESH=1 began has ended when all runs are trained, whatever this call was asked for."""
+    if CONKI == "conki" and all(Path(path).exists() for path in TRAINED):
+        anew.end(PROFILE)
+
+
 if workflow.is_main_process:
     try:  # also where Snakemake was called directly; a plan made beside a pipeline changes nothing
         if pipeline.hold(PROFILE, needed=not pipeline.only_plans(sys.argv)):
             agree()
+            if not pipeline.only_plans(sys.argv):
+                end_anew()  # as when it was killed after its last job
     except (RuntimeError, OSError) as error:
         raise WorkflowError(str(error)) from None
 
 onsuccess:
-    if CONKI == "conki":
-        pipeline.anew(PROFILE).unlink(missing_ok=True)
-
-
-TRAINED = [marker("stage1", f"s{seed}") for seed in STAGE_1_SEEDS]
-TRAINED += [marker(name, f"s{seed}", fold) for name, seed, fold in CONFIGS]
+    end_anew()
 
 
 localrules: all, train, merge, index

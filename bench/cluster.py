@@ -3,7 +3,7 @@
     python bench/cluster.py             # a dozen minutes
     python bench/cluster.py --jobs 8    # a short look, nothing kept
 
-Needs the project's extra `cluster`: `pip install -e .[cluster]`. The
+Needs `pip install snakemake-executor-plugin-cluster-generic snakemake-executor-plugin-slurm`. The
 commands of Slurm (sbatch, sacct, srun, ...) are stand-ins: sbatch writes down what a job asks for
 and queues it, and this script runs the queue, a few jobs at a time, in sessions of their own. In a
 copy of the project, four things are looked at:
@@ -416,7 +416,8 @@ def run(jobs: int) -> dict:
     if absent:
         print(
             f"left out, as Snakemake's plugins {', '.join(absent)} are not installed: "
-            "`pip install -e .[cluster]`"
+            "`pip install snakemake-executor-plugin-cluster-generic "
+            "snakemake-executor-plugin-slurm`"
         )
         raise SystemExit(0)  # `make bench` goes on
     of_machine = machine()

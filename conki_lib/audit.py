@@ -350,6 +350,16 @@ def effect_of(row: dict[str, Any], effects: dict[str, dict[str, str]]) -> list[s
     return lines
 
 
+def measured_by(row: dict[str, Any], effects: Mapping[str, str]) -> dict[str, bool]:
+    """Has a point an effect by training rows or sweeps, and has it one by anything else?"""
+    of_training = {*row["rows"], *(e for e in row["effect"] if e.startswith("sweep of"))}
+    others = set(row["effect"]) - of_training
+    return {
+        "by training rows": any(name in effects for name in of_training),
+        "on toys, labels or all runs of full": any(name in effects for name in others),
+    }
+
+
 def page(root: Path = ROOT) -> str:
     """The text of ``docs/AUDIT.md``."""
     effects = held_effects(root)

@@ -129,9 +129,10 @@ def index() -> None:
     """List all figures in figures/README.md."""
     from conki_lib.config import ROOT
     from conki_lib.plots.tables import figure_index
-    from conki_lib.records import write_text
+    from conki_lib.records import results_lock, write_text
 
-    typer.echo(write_text(ROOT / "figures" / "README.md", figure_index()))
+    with results_lock("index"):
+        typer.echo(write_text(ROOT / "figures" / "README.md", figure_index()))
 
 
 @app.command(context_settings={"ignore_unknown_options": True})

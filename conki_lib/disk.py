@@ -69,8 +69,14 @@ def explained(what: str, folder: Path, way_out: str) -> Iterator[None]:
         raise
     except Exception as error:
         code = error.errno if isinstance(error, OSError) else None
-        if code not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):  # a file that is read may say no
+        named = getattr(error, "filename", None)  # another disk may be full, a file that is read
+        elsewhere = isinstance(named, str) and not _lies_in(named, folder)
+        if elsewhere or code not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
             code = disk_problem(folder)
         if code is None:
             raise
         raise DiskError(code, f"{WORDS[code]} for {what} in {folder}: {way_out}") from error
+
+
+def _lies_in(path: str, folder: Path) -> bool:
+    return Path(path).resolve().is_relative_to(folder.resolve())

@@ -273,9 +273,9 @@ def _execute(path: Path, values: dict[str, Any], target: Path, failed: Path) -> 
     aside = failed / f"{path.stem}-{datetime.now():%Y%m%d-%H%M%S}-{uuid.uuid4().hex[:6]}.ipynb"
     try:
         with (
-            explained("the executed notebook", failed, _GO_ON),
-            _environment(**{HEADLESS: "1"}, **ALLOCATOR),
             TemporaryDirectory(prefix="conki-", dir=short) as sockets,
+            _environment(**{HEADLESS: "1"}, **ALLOCATOR),
+            explained(path.name, failed, "free some space, or name another place by CONKI_RUNS"),
         ):
             # sockets of its own: runs side by side cannot meet on a port
             own = {"transport": "ipc", "ip": f"{sockets}/kernel"}
@@ -297,8 +297,10 @@ def _execute(path: Path, values: dict[str, Any], target: Path, failed: Path) -> 
             f"{path.name} stopped: {type(error).__name__}: {error}\n"
             f"The notebook as far as it came: {aside}"
         ) from error
-    with explained(f"the executed notebook, which is kept as {aside},", target.parent, _GO_ON):
+    try:
         _publish(aside, target)
+    except DiskError as error:
+        raise DiskError(error.errno, f"{error.strerror}; it is kept as {aside}") from error
     return target
 
 

@@ -14,13 +14,12 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from datetime import datetime
 from pathlib import Path
 from typing import NoReturn
 
 import pandas as pd
-from filelock import FileLock, Timeout
 
+from conki_lib import anew
 from conki_lib.config import ROOT, RunConfig, read_profile
 from conki_lib.disk import explained
 from conki_lib.records import (
@@ -124,27 +123,36 @@ def is_committed(config: RunConfig, stage: int) -> bool:
     return any(r.config_key == wanted and r.is_current for r in committed)
 
 
-def sources(profile: str) -> str:
-    """Hash of what draws a profile's pictures, records aside: code, notebooks, settings, data."""
+def sources(profile: str) -> dict[str, str]:
+    """Hashes of what draws a profile's pictures, records aside.
+
+    Returns:
+        Under ``"code"`` that of code, notebooks and settings; of each corpus that of its store,
+        empty where there is none yet.
+    """
     from conki_lib.data.corpora import corpus_path
 
     digest = hashlib.sha256()
     base = RunConfig.from_profile(profile)
-    stores = [corpus_path(name) for name in (base.data.target, base.data.external) if name]
     files = [*sorted((ROOT / "conki_lib").rglob("*.py")), ROOT / "docs" / "audit.yml"]
     files += sorted((ROOT / "results" / "reported").glob("*.csv"))
-    for path in [*files, *(store / "info.json" for store in stores)]:
+    for path in files:
         digest.update(path.read_bytes() if path.is_file() else b"")
     for path in sorted((ROOT / "notebooks").glob("*.ipynb")):
         cells = json.loads(path.read_text())["cells"]
         digest.update(json.dumps([cell["source"] for cell in cells]).encode())
     digest.update(json.dumps(base.flat(), sort_keys=True).encode())
-    return digest.hexdigest()
+    found = {"code": digest.hexdigest()}
+    for name in (base.data.target, base.data.external):
+        path = corpus_path(name) / "info.json" if name else None
+        if path:
+            found[name] = hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else ""
+    return found
 
 
 def state(profile: str) -> str:
     """Hash of what a profile's tables and figures are made from: `sources` and the records."""
-    digest = hashlib.sha256(sources(profile).encode())
+    digest = hashlib.sha256(json.dumps(sources(profile)).encode())
     digest.update(" ".join(record.key for record in local_records(profile)).encode())
     merged = results_dir(profile) / "records.jsonl"
     digest.update(merged.read_bytes() if merged.is_file() else b"")
@@ -160,7 +168,8 @@ def agree(
     Args:
         profile: name of a profile.
         jobs: folder of the markers; ``merge`` and ``sources`` in it hold what was current when
-            the records were merged, and when a pipeline began.
+            the records were merged, and when a pipeline began. A corpus that was not there then
+            was fetched by that pipeline, before it drew anything.
         finished: marker of each corpus and run -> is it there, for today's code?
         drawing: those of them whose notebooks draw figures, too: a finished run is not enough.
         of_data: markers of the notebooks that read no run.
@@ -168,49 +177,27 @@ def agree(
     """
     jobs.mkdir(parents=True, exist_ok=True)
     now = sources(profile)
-    drawn = _says(jobs / "sources", now)
+    before = _read(jobs / "sources")
+    drawn = all(before.get(name) in (held, "") for name, held in now.items())
     for path, is_there in finished.items():
         if not is_there or (path in drawing and not drawn):
             Path(path).unlink(missing_ok=True)
         elif path not in drawing and not Path(path).exists():
             Path(path).touch()  # the time of an earlier one says what was made after it
     stale = [] if drawn else list(of_data)
-    stale += [] if _says(jobs / "merge", state(profile)) else [str(jobs / "merge"), *of_runs]
+    merged = jobs / "merge"
+    if not (merged.is_file() and merged.read_text().strip() == state(profile)):
+        stale += [str(merged), *of_runs]
     for path in stale:
         Path(path).unlink(missing_ok=True)
-    write_text(jobs / "sources", now)
+    write_text(jobs / "sources", json.dumps(now) + "\n")
 
 
-def _says(path: Path, words: str) -> bool:
-    return path.is_file() and path.read_text().strip() == words
-
-
-def anew(profile: str) -> Path:
-    """The file that says: begun anew by FRESH=1 and not ended yet, so train, whatever is known."""
-    return runs_dir(profile).parent / f".{profile}.fresh"
-
-
-def set_aside(profile: str) -> Path | None:
-    """Move a profile's finished and unfinished runs to ``runs/replaced/``; delete nothing.
-
-    Raises:
-        RuntimeError: a process works on one of them; names the run. Nothing was moved.
-    """
-    folder = runs_dir(profile)
-    if not folder.is_dir():
-        return None
-    target = folder.parent / "replaced" / f"{profile}-{datetime.now():%Y%m%d-%H%M%S}"
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with contextlib.ExitStack() as idle:
-        for path in sorted(folder.glob("*.lock")):
-            try:
-                idle.enter_context(FileLock(path).acquire(timeout=0))
-            except Timeout:
-                raise RuntimeError(
-                    f"nothing was moved, since a process works on {path.with_suffix('')}, maybe "
-                    "one that outlived its pipeline: wait until it has ended, or stop it"
-                ) from None
-        return folder.rename(target)
+def _read(path: Path) -> dict[str, str]:
+    """What `agree` wrote; nothing where there is none, or another version wrote it."""
+    with contextlib.suppress(OSError, ValueError):
+        return dict(json.loads(path.read_text()))
+    return {}
 
 
 def lock(profile: str) -> list[int]:
@@ -227,29 +214,38 @@ def lock(profile: str) -> list[int]:
         DiskError: a folder cannot be written.
     """
     held: list[int] = []
-    for folder, way_out in (
-        (runs_dir(profile).parent, "free some space, or name another folder by CONKI_RUNS=..."),
-        (results_dir(profile).parent, "free some space, or make it writable"),
-    ):
-        with explained("the lock of a pipeline", folder, way_out):
-            folder.mkdir(parents=True, exist_ok=True)
-            held.append(os.open(folder / f".{profile}.pipeline.lock", os.O_RDWR | os.O_CREAT))
-        try:
+    places = {
+        runs_dir(profile).parent: "free some space, or name another folder by CONKI_RUNS=...",
+        results_dir(profile).parent: "free some space, or make it writable",
+    }
+    try:
+        for folder, way_out in places.items():
+            with explained("the lock of a pipeline", folder, way_out):
+                folder.mkdir(parents=True, exist_ok=True)
+                path = folder / f".{profile}.pipeline.lock"
+                held.append(os.open(path, os.O_RDWR | os.O_CREAT))
             fcntl.flock(held[-1], fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            holder = os.read(held[-1], 20).decode() or "unknown"
-            for file in held:
-                os.close(file)
-            raise RuntimeError(
-                f"another pipeline (process {holder}) works on {profile!r} in {folder}: wait until "
-                "it has ended, or work in a clone of your own"
-            ) from None
+    except BaseException as error:
+        holder = os.read(held[-1], 20).decode() if held else ""
+        release(held)
+        if not isinstance(error, BlockingIOError):
+            raise
+        raise RuntimeError(
+            f"another pipeline (process {holder or 'unknown'}) works on {profile!r} in {folder}: "
+            "wait until it has ended, or work in a clone of your own"
+        ) from None
     for file in held:
         os.truncate(file, 0)
         os.pwrite(file, str(os.getpid()).encode(), 0)
         os.set_inheritable(file, True)
     os.environ[_HOLDER] = str(os.getpid())
     return held
+
+
+def release(held: Iterable[int]) -> None:
+    """Give the locks of `lock` back before the process ends."""
+    for file in held:
+        os.close(file)
 
 
 def hold(profile: str, *, needed: bool) -> bool:
@@ -301,8 +297,7 @@ def start(profile: str, *, fresh: bool = False, extra: Sequence[str] = (), **opt
 
     Args:
         profile: ``configs/<profile>.yml``.
-        fresh: train, whatever records are committed; earlier runs move to ``runs/replaced/``, once
-            Snakemake could make its plan. Where it is interrupted, the next start goes on.
+        fresh: begin anew (see `conki_lib.anew`), once Snakemake could make its plan.
         extra: further arguments for Snakemake, such as targets or ``--dry-run``.
         **options: `rows`, `seeds`, `folds` and `cores` of `command`.
 
@@ -325,10 +320,8 @@ def start(profile: str, *, fresh: bool = False, extra: Sequence[str] = (), **opt
         if fresh:
             plan = command(profile, fresh=True, extra=[*extra, "--dry-run"], **options)
             _check(_anew(plan, stdout=subprocess.PIPE, stderr=subprocess.STDOUT))
-            moved = set_aside(profile)
-            write_text(anew(profile), "trained, not shown from committed records\n")
-            if moved:
-                print(f"earlier runs of {profile!r} moved to {moved}")
+        if fresh or anew.is_interrupted(profile):
+            print(anew.begin(profile), flush=True)
     os.execv(arguments[0], arguments)
 
 

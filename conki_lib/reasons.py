@@ -20,7 +20,7 @@ from conki_lib.embedding import MOMENTS, models_along
 from conki_lib.losses import contrastive_loss, task_loss
 from conki_lib.model import freeze_for_fine_tuning, parameter_groups
 from conki_lib.probes import bag_of_words, ridge_predict, word_counter
-from conki_lib.records import Record
+from conki_lib.records import Record, config_key
 from conki_lib.statistics import paired_differences
 
 # ---- which utterances ---------------------------------------------------------------------------
@@ -48,6 +48,34 @@ def error_changes(
         found = paired_differences(inside, **options)
         parts += [found[found["metric"] == "mae"].assign(group=group)] if len(found) else []
     return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame()
+
+
+# ---- what stage 1 learnt ------------------------------------------------------------------------
+
+
+def learnt_in_stage_1(rows: Iterable[Record], stage1: Iterable[Record]) -> pd.DataFrame:
+    """Validation scores of stage 1 on the external corpus, by the rows that began with it.
+
+    Args:
+        rows: finished runs of stage 2.
+        stage1: finished runs of stage 1; rows whose settings agree so far share one.
+
+    Returns:
+        Index: names of rows with the same numbers; columns: n (seeds), valid MAE (mean), sd, valid
+        corr (mean).
+    """
+    scores = {record.config_key: record.metrics["valid"] for record in stage1}
+    lines = []
+    for record in rows:
+        key = config_key(record.config, 1) if record.config.data.external else None
+        if key in scores:
+            lines.append({"row": record.variant, "seed": record.seed, **scores[key]})
+    table = pd.DataFrame(lines, columns=["row", "seed", "mae", "corr"])
+    numbers = {"n": ("seed", "count"), "valid MAE": ("mae", "mean"), "sd": ("mae", "std"),
+               "valid corr": ("corr", "mean")}  # fmt: skip
+    by_row = table.groupby("row", sort=False).agg(**numbers).round(3).reset_index()
+    shared = by_row.groupby(list(numbers), sort=False, dropna=False)["row"].agg(", ".join)
+    return shared.reset_index().set_index("row")
 
 
 # ---- which gradients ----------------------------------------------------------------------------

@@ -178,6 +178,12 @@ def run_folder(config: RunConfig, stage: int, data: dict[str, str]) -> Path:
     return found[0] if found else runs_dir(config.profile) / f"{name}-s{config.runtime.seed}-{key}"
 
 
+def results_lock(name: str) -> FileLock:
+    """One process at a time reads and writes what several folders of runs or profiles share."""
+    (ROOT / "results").mkdir(parents=True, exist_ok=True)
+    return FileLock(ROOT / "results" / f".{name}.lock")
+
+
 def run_lock(folder: Path) -> FileLock:
     """One process at a time works in a run's folder; others wait, then load what it made."""
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -286,9 +292,7 @@ def merge(profile: str) -> Path:
     target = results_dir(profile)
     if not (target.is_dir() or runs_dir(profile).is_dir()):
         return target / "records.jsonl"
-    target.parent.mkdir(parents=True, exist_ok=True)
-    # beside what is written: folders of runs may differ (CONKI_RUNS)
-    with FileLock(target.parent / f".{profile}.lock"):
+    with results_lock(profile):
         local = local_records(profile)
         tuning = [r for r in local if r.settings["tuning"]]
         final = [r for r in local if not r.settings["tuning"]]

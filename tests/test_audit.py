@@ -153,6 +153,15 @@ def test_the_page_shows_toys_once_and_rows_per_profile(tmp_path):
     assert "a: form=paper: a1<br>b: form=paper: b1" in line
 
 
+def test_a_sweep_is_training_and_a_toy_is_not():
+    point = {"rows": ["w/o N1"], "effect": ["sweep of tau", "form"]}
+    training, other = audit.measured_by(point, {})
+    for effect, found in (("w/o N1", [True, False]), ("sweep of tau", [True, False]),
+                          ("form", [False, True]), ("lam=1", [False, False])):  # fmt: skip
+        by = audit.measured_by(point, {effect: "x"})
+        assert [by[training], by[other]] == found
+
+
 def test_the_committed_page_is_the_generated_one():
     path = ROOT / "docs" / "AUDIT.md"
     assert path.read_text() == audit.page()

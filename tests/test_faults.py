@@ -2,14 +2,17 @@
 
 import errno
 import json
+import shutil
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import nbformat
 import numpy as np
 import pytest
 
 from conki_lib import fitting, pipeline, records, states, training
+from conki_lib import notebook as runner
 from conki_lib.data import corpora, open_store
 from conki_lib.disk import DiskError, disk_problem, explained
 
@@ -181,6 +184,31 @@ def test_a_read_only_folder_of_runs_is_named(disk, monkeypatch):
         pipeline.lock("p")
 
 
+def test_no_space_while_a_notebook_is_executed(disk, monkeypatch, tmp_path):
+    small, notebook = disk(), tmp_path / "01_toy.ipynb"
+    nbformat.write(nbformat.v4.new_notebook(), notebook)
+    monkeypatch.setenv("CONKI_RUNS", str(small))
+
+    def fills_the_disk(source, target, **_):
+        fill(small)
+        Path(target).write_bytes(bytes(1 << 20))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(runner.papermill, "execute_notebook", fills_the_disk)
+        with pytest.raises(DiskError, match=rf"no space left for 01_toy.*{small}.*CONKI_RUNS"):
+            runner.run_notebook(notebook)
+    (small / "filler").unlink()
+
+    def fills_the_disk_at_last(source, target, **_):
+        shutil.copyfile(source, target)
+        fill(small)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(runner.papermill, "execute_notebook", fills_the_disk_at_last)
+        with pytest.raises(DiskError, match=rf"no space left.*it is kept as {small}.*failed"):
+            runner.run_notebook(notebook)
+
+
 # ---- the explanation ----------------------------------------------------------------------------
 
 
@@ -199,6 +227,10 @@ def test_errors_without_a_number_are_explained_by_the_disk(disk):
     assert disk_problem(small / "not/yet") is None
     fill(small)
     assert disk_problem(small / "not/yet") == errno.ENOSPC
+    full_elsewhere = OSError(errno.ENOSPC, "no space", str(small / "of another disk"))
+    with pytest.raises(OSError) as found, explained("x", small.parent / "plenty", "nothing"):
+        raise full_elsewhere
+    assert found.value is full_elsewhere
     with pytest.raises(DiskError, match="no space left for x in .*: do this") as found:
         with explained("a whole", small, "that"), explained("x", small, "do this"):
             raise RuntimeError("unexpected pos 576 vs 534")

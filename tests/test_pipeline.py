@@ -10,11 +10,30 @@ from pathlib import Path
 import pytest
 import yaml
 
+from conki_lib import anew, pipeline, records, training
 from conki_lib import config as settings
-from conki_lib import pipeline, records, training
 from conki_lib.config import RunConfig
 
 ROOT = Path(__file__).resolve().parents[1]
+
+
+def home(place: Path) -> Path:
+    """A project with links to this one's files: locks in its results disturb nobody."""
+    (place / "results").mkdir(parents=True)
+    for name in ("configs", "notebooks", "docs", "conki_lib", "Snakefile", "profiles"):
+        (place / name).symlink_to(ROOT / name)
+    for path in (ROOT / "results").iterdir():
+        if path.is_dir():
+            (place / "results" / path.name).symlink_to(path)
+    return place
+
+
+@pytest.fixture(autouse=True)
+def apart(tmp_path_factory, monkeypatch):
+    """Every pipeline of these tests works in a project of its own."""
+    place = home(tmp_path_factory.mktemp("home") / "project")
+    monkeypatch.setenv("CONKI_HOME", str(place))
+    monkeypatch.setattr(records, "ROOT", place)
 
 
 @pytest.mark.parametrize(
@@ -133,6 +152,22 @@ def test_state_follows_what_figures_are_made_from(toy_project, path, text, matte
     assert (pipeline.state("p") != before) == matters
 
 
+def test_what_a_pipeline_drew_after_it_had_fetched_is_not_stale(toy_project):
+    jobs = toy_project / "runs/p/.jobs"
+
+    def agree() -> bool:
+        drawn = jobs / "drawn"
+        pipeline.agree("p", jobs, {str(drawn): True}, drawing={str(drawn)}, of_data=[], of_runs=[])
+        return drawn.exists()
+
+    agree()  # before the corpus is fetched
+    (toy_project / "data/toy/info.json").write_text("{}")
+    (jobs / "drawn").touch()
+    assert agree() and agree()
+    (toy_project / "data/toy/info.json").write_text('{"other": 1}')
+    assert not agree()
+
+
 def test_markers_agree_with_what_is_true(toy_project):
     jobs = toy_project / "runs/p/.jobs"
     names = ("trained", "missing", "drawn", "early", "report")
@@ -170,7 +205,6 @@ def test_other_settings_go_to_snakemake_itself(word):
     "typo", [{"rows": "w/o N3"}, {"seeds": "0-"}, {"extra": ["nosuchtarget"]}, {"extra": ["--odd"]}]
 )
 def test_a_typo_beside_fresh_moves_nothing(tmp_path, monkeypatch, typo):
-    monkeypatch.setattr(records, "ROOT", tmp_path)  # where locks lie
     monkeypatch.setenv("CONKI_RUNS", str(tmp_path))
     (tmp_path / "synthetic/full-s0").mkdir(parents=True)
     with pytest.raises(
@@ -178,7 +212,7 @@ def test_a_typo_beside_fresh_moves_nothing(tmp_path, monkeypatch, typo):
     ):
         pipeline.start("synthetic", fresh=True, **typo)
     assert {p.name for p in tmp_path.iterdir() if p.is_dir()} <= {"synthetic", "results"}
-    assert not pipeline.anew("synthetic").exists()
+    assert not anew.is_begun("synthetic")
 
 
 def test_a_plan_beside_fresh_is_that_of_a_first_start(tmp_path, monkeypatch, capfd):
@@ -195,10 +229,10 @@ def test_a_plan_beside_fresh_is_that_of_a_first_start(tmp_path, monkeypatch, cap
 
 def test_fresh_moves_runs_aside_and_deletes_nothing(tmp_path, monkeypatch):
     monkeypatch.setenv("CONKI_RUNS", str(tmp_path))
-    assert pipeline.set_aside("p") is None
+    assert anew.set_aside("p") is None
     (tmp_path / "p/full-s0").mkdir(parents=True)
     (tmp_path / "p/full-s0/record.json").write_text("kept")
-    moved = pipeline.set_aside("p")
+    moved = anew.set_aside("p")
     assert moved.parent == tmp_path / "replaced" and not (tmp_path / "p").exists()
     assert (moved / "full-s0/record.json").read_text() == "kept"
 
@@ -209,9 +243,70 @@ def test_fresh_waits_for_nobody_and_takes_no_run_from_under_a_process(tmp_path, 
     with records.run_lock(ended):
         pass
     with records.run_lock(at_work), pytest.raises(RuntimeError, match=rf"moved.*{at_work},"):
-        pipeline.set_aside("p")
-    assert (tmp_path / "p").is_dir()
-    assert pipeline.set_aside("p").is_dir() and not (tmp_path / "p").exists()
+        anew.begin("p")
+    assert (tmp_path / "p/lam=0.1-s0-k.lock").is_file() and not anew.is_begun("p")
+    assert "begins anew; earlier runs moved" in anew.begin("p")
+    assert not (tmp_path / "p").exists() and anew.is_begun("p")
+
+
+@pytest.fixture
+def started(tmp_path, monkeypatch):
+    """Start a pipeline up to where it becomes Snakemake; what is in its folder of runs then."""
+    monkeypatch.setenv("CONKI_RUNS", str(tmp_path / "runs"))
+    monkeypatch.setattr(pipeline, "_check", lambda plan: None)
+    monkeypatch.setattr(pipeline, "_anew", lambda plan, **streams: None)
+
+    def become_snakemake(*_):
+        raise InterruptedError
+
+    def start(**options) -> set[str]:
+        held, real = [], pipeline.lock
+        with monkeypatch.context() as patch, pytest.raises(InterruptedError):
+            patch.setattr(pipeline, "lock", lambda profile: held.extend(real(profile)))
+            patch.setattr(pipeline.os, "execv", become_snakemake)
+            pipeline.start("synthetic", **options)
+        pipeline.release(held)
+        return {path.name for path in (tmp_path / "runs/synthetic").glob("*")}
+
+    (tmp_path / "runs/synthetic/old").mkdir(parents=True)
+    return start
+
+
+def test_fresh_again_goes_on_with_what_was_begun(started, tmp_path, capsys):
+    assert started() == {"old"} and not anew.is_begun("synthetic")
+    assert started(fresh=True) == set()
+    (tmp_path / "runs/synthetic/new").mkdir(parents=True)
+    assert started(fresh=True) == {"new"} == started()
+    assert f"goes on as begun anew; remove {anew.mark('synthetic')}" in capsys.readouterr().out
+    anew.end("synthetic")
+    assert started() == {"new"} and started(fresh=True) == set()
+
+
+@pytest.mark.parametrize("at", ["set_aside", "write_text"])
+def test_a_fresh_that_is_killed_while_it_moves_is_begun_by_the_next_start(started, at, monkeypatch):
+    def killed(*given):
+        if at == "set_aside" or given[1] == anew._BEGUN:
+            raise InterruptedError
+        return records.write_text(*given)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(anew, at, killed)
+        assert started(fresh=True) == ({"old"} if at == "set_aside" else set())
+    assert anew.is_interrupted("synthetic")
+    assert started() == set() and anew.is_begun("synthetic")
+    assert not anew.is_interrupted("synthetic")
+
+
+def test_only_a_pipeline_whose_runs_are_finished_ends_what_fresh_began(tmp_path, monkeypatch):
+    monkeypatch.setenv("CONKI_RUNS", str(tmp_path / "runs"))
+    monkeypatch.setenv("CONKI_DATA", str(tmp_path / "data"))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    records.write_text(anew.mark("synthetic"), anew._BEGUN)
+    target = os.path.relpath(tmp_path / "runs/synthetic/.jobs/data-synthetic", ROOT)
+    command = pipeline.command("synthetic", rows="w/o C1", extra=[target, "--quiet", "all"])
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "data/synthetic/info.json").is_file() and anew.is_begun("synthetic")
 
 
 def test_an_interrupted_fresh_goes_on(tmp_path, monkeypatch):
@@ -225,9 +320,9 @@ def test_an_interrupted_fresh_goes_on(tmp_path, monkeypatch):
 
     if "-p train=false" not in plan():
         pytest.skip("no committed record of this profile is by today's code")
-    records.write_text(pipeline.anew("mmmo-open"), "")
+    records.write_text(anew.mark("mmmo-open"), anew._BEGUN)
     assert "-p variant=full" in plan() and "-p train=false" not in plan()
-    assert pipeline.anew("mmmo-open").is_file()  # a plan ends nothing
+    assert anew.is_begun("mmmo-open")  # a plan ends nothing
 
 
 @pytest.mark.parametrize("shared", ["runs", "results"])
@@ -253,11 +348,19 @@ def test_a_second_pipeline_is_refused_and_a_killed_one_leaves_no_lock(
         monkeypatch.setenv("CONKI_RUNS", str(place("second")["runs"]))
         with pytest.raises(RuntimeError, match=rf"process {first.pid}\) works on 'p' in .*clone"):
             pipeline.lock("p")
-        for file in pipeline.lock("another profile"):
-            os.close(file)
+        pipeline.release(pipeline.lock("another profile"))
         first.send_signal(signal.SIGKILL)
-    for file in pipeline.lock("p"):
-        os.close(file)
+    pipeline.release(pipeline.lock("p"))
+
+
+def test_a_lock_that_cannot_be_had_whole_is_given_back(tmp_path, monkeypatch):
+    monkeypatch.setenv("CONKI_RUNS", str(tmp_path / "runs"))
+    monkeypatch.setattr(records, "ROOT", tmp_path / "file")
+    (tmp_path / "file").write_text("no folder")
+    with pytest.raises(NotADirectoryError):
+        pipeline.lock("p")
+    monkeypatch.setattr(records, "ROOT", tmp_path)
+    pipeline.release(pipeline.lock("p"))
 
 
 @pytest.mark.parametrize("words", [["-n"], ["train", "-np"], ["--dry-run"], ["--dryrun"]])
@@ -299,8 +402,7 @@ def test_beside_a_pipeline_a_plan_changes_nothing_and_snakemake_itself_is_refuse
         assert "Traceback" not in said
         assert sorted(p.name for p in jobs.iterdir()) == ["merge", "stage1-s0"]
     finally:
-        for file in held:
-            os.close(file)
+        pipeline.release(held)
     code, _ = call("--dry-run", "--quiet", "all")
     assert code == 0 and [p.name for p in jobs.iterdir()] == ["sources"]
 
@@ -328,6 +430,7 @@ def plan(tmp_path_factory) -> str:
     environment = os.environ | {
         "CONKI_RUNS": str(place / "runs"),
         "CONKI_DATA": str(place / "data"),
+        "CONKI_HOME": str(home(place / "project")),
     }
     command = pipeline.command(
         "mosi-open",
@@ -384,7 +487,7 @@ def test_on_a_cluster_rules_that_train_ask_for_a_gpu(name):
 @pytest.mark.parametrize("name", ["slurm", "kubernetes"])
 def test_the_plan_of_a_cluster_can_be_made(tmp_path, name):
     plugin = f"snakemake_executor_plugin_{name}"
-    pytest.importorskip(plugin, reason="the extra `cluster` is not installed")
+    pytest.importorskip(plugin, reason=f"{plugin} is not installed")
     environment = os.environ | {
         "CONKI_RUNS": str(tmp_path / "runs"), "CONKI_DATA": str(tmp_path / "data")
     }  # fmt: skip

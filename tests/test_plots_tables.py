@@ -11,6 +11,7 @@ import matplotlib.pyplot as plt  # noqa: E402
 from conki_lib import statistics  # noqa: E402
 from conki_lib.config import ROOT  # noqa: E402
 from conki_lib.plots import embedding as maps  # noqa: E402
+from conki_lib.plots import reasons  # noqa: E402
 from conki_lib.plots import tables as plots  # noqa: E402
 from conki_lib.plots.style import save_figure  # noqa: E402
 
@@ -134,14 +135,14 @@ def test_a_row_far_outside_does_not_set_the_axis(differences):
 def test_other_figures_draw_what_they_are_given(runs, differences):
     changes = pd.DataFrame({"variant": ["w/o N1"] * 2, "group": ["-1", "0"], "p": [0.01, 0.9],
                             "utterances": [30, 40], "difference": [0.2, -0.001]})  # fmt: skip
-    texts = [t.get_text() for t in plots.change_heatmap(changes).axes[0].texts]
+    texts = [t.get_text() for t in reasons.change_heatmap(changes).axes[0].texts]
     assert texts == ["+0.20*", "0"]
     for few in ({"utterances": 19}, {"p": np.nan}):  # one seed has no p
-        texts = [t.get_text() for t in plots.change_heatmap(changes.assign(**few)).axes[0].texts]
+        texts = [t.get_text() for t in reasons.change_heatmap(changes.assign(**few)).axes[0].texts]
         assert texts == ["+0.20", "0"]
     gradients = pd.DataFrame({"cosine": [0.1, -0.2], "ratio": [0.1, 2.0], "batch": [0, 1]})
     gradients = gradients.assign(moment="start", group="text backbone")
-    assert len(plots.conflict_figure(gradients).axes) == 2
+    assert len(reasons.conflict_figure(gradients).axes) == 2
     ours = {"full": ([0.7, 0.72], [0.85, 0.87])}
     fig = plots.published_figure(ours, statistics.published("mosi"), ("mae", "acc2_non0"))
     assert {t.get_text() for t in fig.axes[0].texts} >= {"TFN", "MulT"}
@@ -159,6 +160,9 @@ def test_rows_far_outside_do_not_hide_the_others():
     (boxed,) = [c for c in ax.collections if c.get_transform() == ax.get_yaxis_transform()
                 or c.get_offset_transform() == ax.get_yaxis_transform()][:1]  # fmt: skip
     assert len(boxed.get_offsets()) == 5 and all(0.8 < x < 1 for x, _ in boxed.get_offsets())
+    ax = plots.runs_figure(runs[runs["seed"] == 0], ["mae"]).axes[0]  # one seed has no range
+    assert len(ax.texts) == 1 and ax.texts[0].get_text().startswith("1.")
+    assert sum(len(c.get_offsets()) for c in ax.collections[::2]) == 5
     ax = plots.runs_figure(runs[runs["variant"] != "w/o C3"], ["mae"]).axes[0]
     assert not ax.texts and sum(len(c.get_offsets()) for c in ax.collections[::2]) == 20
     same = runs.assign(mae=1.0)  # one run of a row has no range
