@@ -384,8 +384,8 @@ Written by `python bench/faults.py`; every number below comes from `results/benc
 A tiny profile (fetch, stage 1, `full`, merge; the real Snakefile and notebooks in a copy of the
 project) was run once undisturbed ({seconds} s) and then killed by SIGKILL {kills} times (seed
 {seed}; {kinds}): every process at once; only the first process, whose jobs then live on beside the
-next start; or only a notebook's kernel, where one was there, after which the pipeline ends with an
-error by itself. {aimed} were aimed at a short rule, the others came at a random second. Each round
+next start; or only a notebook's kernel, where one was there, after which the pipeline ends by
+itself. {aimed} were aimed at a short rule, the others came at a random second. Each round
 begins with nothing, and the pipeline is started again until it ends. Compared with the undisturbed
 run are all records (provenance aside), the predictions, and the SHA-256 of every run's weights. A
 finished run that was trained again would count as repeated: {repeated} were. What was going on when
