@@ -262,6 +262,8 @@ def row_differences(profile: str, *, draws: int = 2000) -> dict[str, pd.DataFram
         "metrics": metric_set(runs), "draws": draws,
         "clusters": videos_of(records[0].settings["target"], test["id"].unique()),
     }  # fmt: skip
+    places = {name: place for place, name in enumerate(row_order(test["variant"]))}
+    test = test.sort_values("variant", key=lambda names: names.map(places), kind="stable")
     groups = test["variant"].map(dict(zip(runs["variant"], runs["group"], strict=True)))
     groups = groups.where(groups.isin(["switches", "sweeps"]), "rows")
     for family in found:
