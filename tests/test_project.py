@@ -18,7 +18,7 @@ PACKAGE = ROOT / "conki_lib"
 
 # an import goes downward, or sideways without a cycle
 FLOORS = {
-    "cli": 5, "notebook": 5, "pipeline": 5,
+    "anew": 5, "cli": 5, "notebook": 5, "pipeline": 5,
     "ablation": 4, "audit": 4, "embedding": 4, "explorer": 4, "plots": 4, "probes": 4, "reasons": 4,
     "statistics": 4, "tables": 4,
     "training": 3, "fitting": 3, "records": 3, "states": 3,
@@ -26,7 +26,7 @@ FLOORS = {
     "adapters": 1, "data": 1, "encoders": 1, "losses": 1, "tiles": 1,
     "config": 0, "disk": 0, "metrics": 0, "pairs": 0,
 }  # fmt: skip
-MODULE_LINES, ALL_LINES = 330, 8620  # data/ and plots/ are more than half of it
+MODULE_LINES, ALL_LINES = 330, 8700  # data/ and plots/ are more than half of it
 CONDA_NAMES = {
     "torch": "pytorch",
     "huggingface-hub": "huggingface_hub",
