@@ -30,9 +30,9 @@ BASE = RunConfig.from_profile(PROFILE)
 FOLDS = pipeline.parse_folds(str(config.get("folds", "")), PROFILE)
 SEEDS = pipeline.parse_seeds(str(config.get("seeds", 1)))
 ROWS = pipeline.parse_rows(str(config.get("rows", "")), PROFILE)
-# the default profile and fresh=1 train; others show committed records where today's code made them
+# the default profile and one begun anew train; others show committed records by today's code
 IS_DEFAULT = PROFILE == RunConfig().profile
-TRAINS = IS_DEFAULT or bool(config.get("fresh")) or anew.is_begun(PROFILE)
+TRAINS = IS_DEFAULT or anew.is_begun(PROFILE)
 VARIANTS = {slug(row): row for row in ROWS}
 
 NOTEBOOKS = sorted(path.stem for path in (ROOT / "notebooks").glob("[0-9][0-9]_*.ipynb"))
@@ -130,13 +130,15 @@ def end_anew():
 
 
 if workflow.is_main_process:
+    works = not pipeline.only_plans(sys.argv)
     try:  # also where Snakemake was called directly; a plan made beside a pipeline changes nothing
-        if pipeline.hold(PROFILE, needed=not pipeline.only_plans(sys.argv)):
+        if pipeline.hold(PROFILE, needed=works):
             agree()
-            if not pipeline.only_plans(sys.argv):
+            if works:
                 end_anew()  # as when it was killed after its last job
     except (RuntimeError, OSError) as error:
         raise WorkflowError(str(error)) from None
+
 
 onsuccess:
     end_anew()

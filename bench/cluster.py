@@ -32,8 +32,8 @@ import time
 from importlib.util import find_spec
 from pathlib import Path
 
-from faults import HERE, PROFILE, environment, project
-from machine import facts, machine
+from faults import PROFILE, environment, project
+from report import facts, machine, publish, published
 
 JOBS, SLOTS = 200, 2
 PLUGINS = ("cluster_generic", "slurm", "slurm_jobstep")
@@ -438,12 +438,9 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=JOBS)
     parser.add_argument("--page", action="store_true", help="the page from the results")
     given = parser.parse_args()
-    results, docs = HERE / "results/bench/cluster.json", HERE / "docs/benchmarks/cluster.md"
-    result = json.loads(results.read_text()) if given.page else run(given.jobs)
+    result = published("cluster") if given.page else run(given.jobs)
     if given.jobs >= JOBS:
-        for path, text in ((results, json.dumps(result, indent=1) + "\n"), (docs, page(result))):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(text)
+        publish("cluster", result, page(result))
     print(page(result))
     if found := problems(result):
         raise SystemExit("; ".join(found))

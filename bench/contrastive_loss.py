@@ -33,7 +33,7 @@ import matplotlib.pyplot as plt
 import pandas as pd
 import psutil
 import torch
-from machine import facts, machine
+from report import facts, machine
 from torch import Tensor
 
 from conki_lib import tiles
@@ -374,17 +374,15 @@ def machine_of(precision: str, device: torch.device = DEVICE) -> dict:
     """What the figures depend on."""
     gpu = device.type == "cuda"
     found = {"GPU": torch.cuda.get_device_name(), "CUDA": torch.version.cuda} if gpu else {}
-    return (
-        found
-        | machine()
-        | {
-            "capability": torch.backends.cpu.get_cpu_capability(),
-            "threads": torch.get_num_threads(),
-            "torch": torch.__version__,
-            "product precision": precision,
-            "GFLOP a second, large fp32 product": round(gflops(device)),
-        }
-    )
+    return {
+        **found,
+        **machine(),
+        "capability": torch.backends.cpu.get_cpu_capability(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "product precision": precision,
+        "GFLOP a second, large fp32 product": round(gflops(device)),
+    }
 
 
 def on_gpu(result: dict) -> bool:

@@ -282,7 +282,7 @@ def page(result: dict) -> str:
         f"| {r['mb']:,.0f} MB |"
         for r in result["forms"]
     )
-    from machine import facts
+    from report import facts
 
     return PAGE.format(facts=facts(result), lines="\n".join(lines), forms=forms, full=_full(full))
 
@@ -393,7 +393,7 @@ def main() -> None:
 
 def run(quick: bool) -> dict:
     """All measurements."""
-    from machine import machine
+    from report import machine
 
     os.environ["TQDM_DISABLE"] = "1"
     fractions = tuple(f / 16 for f in FRACTIONS) if quick else FRACTIONS

@@ -1,6 +1,6 @@
 """Kill the pipeline twenty times at random moments; it must always end in the same records.
 
-    python bench/faults.py                      # twenty minutes on an idle machine
+    python bench/faults.py                      # half an hour, beside other work
     python bench/faults.py --kills 2 --seed 1   # a short look, nothing kept
 
 A copy of this project in a temporary folder trains a tiny profile: the real Snakefile and
@@ -27,14 +27,14 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 
 from layouts import save_bert
-from machine import facts, machine
+from report import HERE, facts, machine, publish, published
 
-HERE = Path(__file__).resolve().parents[1]
 KILLS, PROFILE, ROWS = 20, "tiny", "full"
 LONGEST = 75.0  # seconds until a kill at most; on a busy machine the whole takes longer
 COPIED = ("Snakefile", "profiles", "conki_lib", "notebooks")
@@ -55,14 +55,27 @@ WORKING = (".lock", ".pipeline.lock", ".jobs")  # part of a folder of runs, not 
 # --- the project that is killed -----------------------------------------------------------------
 
 
-def project(folder: Path) -> Path:
-    """Copy the project into a folder and give it the tiny profile and a backbone."""
-    for name in COPIED:
+def copied(folder: Path, names: Sequence[str]) -> Path:
+    """Copy parts of the project, and the list of checksums, but no corpora and no runs."""
+    for name in names:
         copy = shutil.copytree if (HERE / name).is_dir() else shutil.copyfile
         copy(HERE / name, folder / name)
-    for name in ("data", "configs"):
-        (folder / name).mkdir()
+    (folder / "data").mkdir()
     shutil.copyfile(HERE / "data/registry.txt", folder / "data/registry.txt")
+    return folder
+
+
+def isolated(folder: Path, **more: str) -> dict[str, str]:
+    """The copy is imported before anything else, and nothing of the checkout is written."""
+    kept = {k: v for k, v in os.environ.items() if not k.startswith("CONKI_")}
+    path = os.pathsep.join(p for p in (str(folder), os.environ.get("PYTHONPATH")) if p)
+    return kept | {"PYTHONPATH": path, "CONKI_HOME": str(folder)} | more
+
+
+def project(folder: Path) -> Path:
+    """A copy of the project with the tiny profile and a backbone."""
+    copied(folder, COPIED)
+    (folder / "configs").mkdir()
     generator = folder / "conki_lib/data/synthetic.py"
     text = generator.read_text()
     for size, smaller in SIZES.items():
@@ -76,13 +89,10 @@ def project(folder: Path) -> Path:
 
 
 def environment(folder: Path, **more: str) -> dict[str, str]:
-    """The copy is imported before anything else, and nothing of the checkout is written."""
-    kept = {k: v for k, v in os.environ.items() if not k.startswith("CONKI_")}
-    path = os.pathsep.join(p for p in (str(folder), os.environ.get("PYTHONPATH")) if p)
-    added = {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    added |= {"TOKENIZERS_PARALLELISM": "false", "CONKI_HOME": str(folder)}
+    """One thread, no hub, and a folder of its own for what is temporary."""
     (folder / "tmp").mkdir(exist_ok=True)
-    return kept | added | {"TMPDIR": str(folder / "tmp")} | more
+    own = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    return isolated(folder, TMPDIR=str(folder / "tmp"), **own | more)
 
 
 def start(folder: Path, log: Path, *more: str) -> subprocess.Popen:
@@ -124,11 +134,17 @@ def kill(folder: Path, leader: subprocess.Popen, kind: str) -> tuple[str, int | 
     kind = "first process" if kind == "kernel" else kind
     leader.kill()
     leader.wait()
-    while kind == "everything" and (found := ours(folder)):
+    if kind == "everything":
+        kill_all(folder)
+    return kind, None
+
+
+def kill_all(folder: Path) -> None:
+    """SIGKILL every process of the copy, and those that they start meanwhile."""
+    while found := ours(folder):
         for process in found:
             _kill(process)
         time.sleep(0.1)
-    return kind, None
 
 
 def _kill(process: int) -> None:
@@ -244,7 +260,7 @@ def one_round(folder: Path, log: Path, kills: int, longest: float, rng: random.R
         blow = _blow(rng, longest, first=not attempts) if spent < kills else None
         attempts.append(attempt(folder, log, blow))
         print(attempts[-1], flush=True)
-    kill(folder, start_nothing(), "everything")  # jobs that outlived their first process
+    kill_all(folder)  # jobs that outlived their first process
     return {"attempts": attempts, "leftovers": leftovers(folder)}
 
 
@@ -253,11 +269,6 @@ def _blow(rng: random.Random, longest: float, first: bool) -> Blow:
     if aim and (first or aim == "merge"):  # a corpus is fetched in the first start alone
         return Blow(kind, rng.uniform(0, 2), aim)
     return Blow(kind, rng.uniform(0.02, 1) * longest)
-
-
-def start_nothing() -> subprocess.Popen:
-    """A process that ends at once."""
-    return subprocess.Popen([sys.executable, "-c", ""])
 
 
 def second_start(folder: Path, log: Path) -> dict:
@@ -425,12 +436,9 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--page", action="store_true", help="the page from the results")
     given = parser.parse_args()
-    results, docs = HERE / "results/bench/faults.json", HERE / "docs/benchmarks/faults.md"
-    result = json.loads(results.read_text()) if given.page else run(given.kills, given.seed)
+    result = published("faults") if given.page else run(given.kills, given.seed)
     if given.kills >= KILLS:
-        for path, text in ((results, json.dumps(result, indent=1) + "\n"), (docs, page(result))):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(text)
+        publish("faults", result, page(result))
     print(page(result))
     parts = (*result["rounds"], result["two_at_once"], result["anew"])
     if not all(part["equal"] for part in parts):

@@ -1,6 +1,6 @@
 """How long the two README commands' work takes: `make reproduce`, and one run of mosi-open.
 
-    python bench/profiles.py           # a quarter of an hour on an idle machine
+    python bench/profiles.py           # ten minutes on an idle machine
     python bench/profiles.py --page    # the page from the committed results
 
 In a copy of the project, from nothing (no corpora, no runs): the whole pipeline of the default
@@ -14,7 +14,6 @@ import argparse
 import json
 import os
 import re
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -22,33 +21,22 @@ import time
 from datetime import datetime
 from pathlib import Path
 
-from machine import facts, machine
+from faults import copied, isolated
+from report import facts, machine, publish, published
 
-HERE = Path(__file__).resolve().parents[1]
 COPIED = ("Snakefile", "profiles", "conki_lib", "notebooks", "configs", "docs", "results")
 ASKED = {"reproduce": 240, "mosi-open": 360}  # seconds, on two cores
 MOSI, CORES = "mosi-open", 2
 
 
-def project(folder: Path) -> Path:
-    """Copy what a clone has; corpora and runs are not in it."""
-    for name in COPIED:
-        copy = shutil.copytree if (HERE / name).is_dir() else shutil.copyfile
-        copy(HERE / name, folder / name)
-    (folder / "data").mkdir()
-    shutil.copyfile(HERE / "data/registry.txt", folder / "data/registry.txt")
-    return folder
-
-
 def timed(folder: Path, *words: str, **more: str) -> tuple[float, str]:
     """Seconds and output of one call of `conki` in the copy; an error ends the benchmark."""
-    kept = {k: v for k, v in os.environ.items() if k == "CONKI_MIRROR" or "CONKI_" not in k}
-    path = os.pathsep.join(p for p in (str(folder), os.environ.get("PYTHONPATH")) if p)
-    environment = kept | {"CONKI_HOME": str(folder), "PYTHONPATH": path} | more
+    if mirror := os.environ.get("CONKI_MIRROR"):
+        more["CONKI_MIRROR"] = mirror
     start = time.monotonic()
     done = subprocess.run(
         [sys.executable, "-m", "conki_lib.cli", *words],
-        cwd=folder, env=environment, capture_output=True, text=True, check=False,
+        cwd=folder, env=isolated(folder, **more), capture_output=True, text=True, check=False,
     )  # fmt: skip
     said = done.stdout + done.stderr
     if done.returncode:
@@ -79,7 +67,7 @@ def run() -> dict:
     """Both measurements."""
     result: dict = {"machine": machine(), "cores": CORES}
     with tempfile.TemporaryDirectory() as name:
-        folder = project(Path(name).resolve())
+        folder = copied(Path(name).resolve(), COPIED)
         seconds, said = timed(folder, "pipeline", "--cores", str(CORES))
         result["reproduce"] = {"seconds": seconds, "jobs": jobs(said)}
         print(json.dumps(result, indent=1), flush=True)
@@ -123,7 +111,7 @@ def page(result: dict) -> str:
     told = ", ".join(f"{name} {seconds:.0f} s" for name, seconds in sorted(stages_of.items()))
     return PAGE.format(
         facts=facts(result), asked=asked, shares=shares, spent=f"{spent:.0f}",
-        cores=result["cores"], told=told or "not measured", day=result["machine"]["day"],
+        cores=result["cores"], told=told or "not measured",
     )  # fmt: skip
 
 
@@ -159,11 +147,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--page", action="store_true", help="the page from the results")
     given = parser.parse_args()
-    results, docs = HERE / "results/bench/profiles.json", HERE / "docs/benchmarks/profiles.md"
-    result = json.loads(results.read_text()) if given.page else run()
-    for path, text in ((results, json.dumps(result, indent=1) + "\n"), (docs, page(result))):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text)
+    result = published("profiles") if given.page else run()
+    publish("profiles", result, page(result))
     print(page(result))
 
 

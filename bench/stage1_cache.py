@@ -31,7 +31,7 @@ import pandas as pd
 import torch
 from contrastive_loss import DOCS, RESULTS, machine_of, median_ratio
 from layouts import SPECIAL, save_bert
-from machine import facts
+from report import facts
 from torch import nn
 from torch.utils.data import DataLoader
 

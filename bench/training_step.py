@@ -735,10 +735,14 @@ def page(result: dict) -> str:
 
 
 def representative(result: dict) -> str:
-    """How large the timed batches of each kind are against all of that kind."""
-    if not (means := result.get("mean_areas")):
-        return "not noted"
-    return ", ".join(f"{k} {np.mean(v) / means[k]:.2f}" for k, v in result["areas"].items())
+    """Which batches were timed, and how large they are against all of their kind."""
+    if not (means := result.get("mean_areas")):  # measured by an earlier version of this script
+        return "evenly spread over the lengths that occur, so one is the middle one"
+    sizes = ", ".join(f"{k} {np.mean(v) / means[k]:.2f}" for k, v in result["areas"].items())
+    return (
+        "of as many equal parts of their order by size the most average ones; their padded vision "
+        f"and audio steps over the mean of all: {sizes}"
+    )
 
 
 def verdicts(rows: pd.DataFrame) -> str:
@@ -834,9 +838,8 @@ same loss and gradient (checked at each start, see below).
 
 Each line adds one measure to the line before. Factor: how many times faster than that line; the
 last column but one: than plain. Medians of {rounds} rounds in which all take turns; a step is the
-mean over {batches} batches of the variant's kind (one where all are alike): the lengths that occur
-are cut into as many parts, and of each part the most average batch is taken. Padded vision and
-audio steps of the timed batches over the mean of all: {representative}.
+mean over batches of the variant's kind, {batches} in number (one where all are alike):
+{representative}.
 
 {ladder}
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import pandas as pd
+import yaml
 
 from conki_lib.config import PRESETS, RunConfig, near_names
 from conki_lib.records import Record, config_key, find_record, load_records
@@ -82,23 +83,26 @@ def _switches() -> dict[str, Variant]:
     released = PRESETS["released"]
     sizes = {k: released[k] for k in ("adapter_width", "adapter_heads", "adapter_ff")}
     schedule = {k: v for k, v in released.items() if k.startswith("stage1_")}
-    rows = {
-        "padding=released": ("means include padded steps, adapters attend to them",
-                             {"padding": "released"}),
-        "encoder_dropout=0.5": ("vision and audio encoders as released", {"encoder_dropout": 0.5}),
-        "adapters=released": ("inner width, heads and feed-forward width as released", sizes),
-        "adapter_init_std=0.0002": ("adapters start as released", {"adapter_init_std": 0.0002}),
-        "adapter_text_pooling=pooler": ("A_t from a pooler, as released",
-                                        {"adapter_text_pooling": "pooler"}),
-        "text_pooling=pooler": ("O_t from the backbone's pooler", {"text_pooling": "pooler"}),
-        "fusion=concat": ("representations side by side, no gate", {"fusion": "concat"}),
-        "stage1=released": ("epochs and rates of stage 1 as released", schedule),
-        "stage1_pan=false": ("the heads of stage 1 read A_m alone", {"stage1_pan": False}),
-        "freeze_adapters=false": ("adapters are trained on in stage 2", {"freeze_adapters": False}),
-        "adapter_gradient=false": ("no gradient through adapters into the backbones",
-                                   {"adapter_gradient": False}),
-    }  # fmt: skip
-    return {name: Variant(name, "switches", *row) for name, row in rows.items()}
+    several = {"adapters=released": sizes, "stage1=released": schedule}  # settings
+    meanings = {
+        "padding=released": "means include padded steps, adapters attend to them",
+        "encoder_dropout=0.5": "vision and audio encoders as released",
+        "adapters=released": "inner width, heads and feed-forward width as released",
+        "adapter_init_std=0.0002": "adapters start as released",
+        "adapter_text_pooling=pooler": "A_t from a pooler, as released",
+        "text_pooling=pooler": "O_t from the backbone's pooler",
+        "fusion=concat": "representations side by side, no gate",
+        "stage1=released": "epochs and rates of stage 1 as released",
+        "stage1_pan=false": "the heads of stage 1 read A_m alone",
+        "freeze_adapters=false": "adapters are trained on in stage 2",
+        "adapter_gradient=false": "no gradient through adapters into the backbones",
+    }
+    rows = {}
+    for name, meaning in meanings.items():
+        setting, _, value = name.partition("=")
+        changes = several.get(name) or {setting: yaml.safe_load(value)}
+        rows[name] = Variant(name, "switches", meaning, changes)
+    return rows
 
 
 VARIANTS = _variants()  # the rows of the main table

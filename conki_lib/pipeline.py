@@ -280,12 +280,12 @@ def only_plans(arguments: Sequence[str]) -> bool:
 
 def command(
     profile: str, *, rows: str = "", seeds: str = "", folds: str = "", cores: int = 2,
-    fresh: bool = False, extra: Sequence[str] = (),
+    extra: Sequence[str] = (),
 ) -> list[str]:  # fmt: skip
     """The Snakemake call of one pipeline; empty rows, seeds and folds are left to the Snakefile."""
     given = {"profile": profile, "rows": rows, "seeds": seeds, "folds": folds}
     # jobs of half the threads, side by side, end sooner than one after the other with all
-    given |= {"fresh": "1" if fresh else "", "threads": str(max(1, cores // 2))}
+    given["threads"] = str(max(1, cores // 2))
     settings = [f"{name}={value!r}" for name, value in given.items() if value]
     start = [sys.executable, "-m", "snakemake", "--directory", str(ROOT)]
     start += ["--snakefile", str(ROOT / "Snakefile"), "--nolock", "--cores", str(cores)]
@@ -312,22 +312,23 @@ def start(profile: str, *, fresh: bool = False, extra: Sequence[str] = (), **opt
     parse_folds(options.get("folds", ""), profile)
     if any(re.match("--config(=|$)|-C", word) for word in extra):
         raise ValueError("--config is taken: call `snakemake --cores 2 --config ...` itself")
-    arguments = command(profile, fresh=fresh, extra=extra, **options)
+    arguments = command(profile, extra=extra, **options)
     if only_plans(extra) and fresh:
-        sys.exit(_anew(arguments).returncode)
+        sys.exit(_anew(profile, arguments).returncode)
     if not only_plans(extra):
         lock(profile)
         if fresh:
-            plan = command(profile, fresh=True, extra=[*extra, "--dry-run"], **options)
-            _check(_anew(plan, stdout=subprocess.PIPE, stderr=subprocess.STDOUT))
+            plan = command(profile, extra=[*extra, "--dry-run"], **options)
+            _check(_anew(profile, plan, stdout=subprocess.PIPE, stderr=subprocess.STDOUT))
         if fresh or anew.is_interrupted(profile):
             print(anew.begin(profile), flush=True)
     os.execv(arguments[0], arguments)
 
 
-def _anew(plan: Sequence[str], **streams: int) -> subprocess.CompletedProcess:
-    """Let Snakemake make a plan where nothing is finished yet."""
+def _anew(profile: str, plan: Sequence[str], **streams: int) -> subprocess.CompletedProcess:
+    """Let Snakemake make a plan where a profile was begun anew and nothing is finished yet."""
     with tempfile.TemporaryDirectory() as empty:
+        (Path(empty) / anew.mark(profile).name).touch()
         environment = os.environ | {"CONKI_RUNS": empty}
         return subprocess.run(plan, env=environment, text=True, check=False, **streams)
 

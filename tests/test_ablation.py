@@ -9,7 +9,13 @@ from conki_lib import ablation, pipeline, records
 from conki_lib.config import ROOT, ContrastConfig, RunConfig
 from conki_lib.losses import contrastive_loss, task_loss
 from conki_lib.model import build_model, freeze_for_fine_tuning
-from conki_lib.reasons import class_groups, error_changes, external_distance, gradient_conflict
+from conki_lib.reasons import (
+    class_groups,
+    error_changes,
+    external_distance,
+    gradient_conflict,
+    learnt_in_stage_1,
+)
 from conki_lib.records import Record
 
 # ---- rows ---------------------------------------------------------------------------------------
@@ -59,6 +65,7 @@ def test_a_switch_moves_what_it_names_and_nothing_else():
     sizes = ablation.SWITCHES["adapters=released"].changes
     assert sizes == {"adapter_width": 768, "adapter_heads": 12, "adapter_ff": 3072}
     assert set(ablation.SWITCHES["stage1=released"].changes) > {"stage1_epochs"}
+    assert ablation.SWITCHES["stage1_pan=false"].changes == {"stage1_pan": False}
     assert ablation.row_order(["lam=1", "fusion=concat", "w/o N1"])[1] == "fusion=concat"
     with pytest.raises(ValueError, match="pretrained backbone"):
         ablation.configure("mmmo-open", "adapter_text_pooling=pooler")
@@ -169,6 +176,22 @@ def test_run_or_load_takes_a_current_record_and_trains_else(monkeypatch):
         assert got.key == (expected or "full-0-new")
     monkeypatch.setattr(ablation, "find_record", lambda c: record())
     assert ablation.run_or_load(config, weights=True) is new and len(trained) == 3
+
+
+def test_rows_that_began_alike_share_a_line_of_stage_1():
+    rows = [record(variant, seed) for variant in ("full", "w/o C4", "w/o C3") for seed in (0, 1)]
+    rows.append(record("w/o C1", 0))  # has no stage 1
+
+    def first(row, mae):
+        key = records.config_key(row.config, 1)
+        return Record(**{**row.__dict__, "stage": 1, "config_key": key,
+                         "metrics": {"valid": {"mae": mae, "corr": 0.5}}})  # fmt: skip
+
+    stage1 = [first(rows[0], 0.5), first(rows[1], 0.7), first(rows[4], 0.9), first(rows[5], 0.9)]
+    found = learnt_in_stage_1(rows, stage1)
+    assert list(found.index) == ["full, w/o C4", "w/o C3"] and found["n"].tolist() == [2, 2]
+    assert found["valid MAE"].tolist() == [0.6, 0.9]
+    assert np.allclose(found["sd"], [0.02**0.5, 0], atol=1e-3)
 
 
 # ---- reasons ------------------------------------------------------------------------------------

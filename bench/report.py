@@ -1,11 +1,14 @@
-"""What every result depends on, and what each page therefore names: machine, load, code, day."""
+"""What every result names (machine, load, code, day), and where it and its page go."""
 
+import json
 import os
 import platform
 from datetime import date
 from pathlib import Path
 
 from conki_lib.records import code_hash
+
+HERE = Path(__file__).resolve().parents[1]
 
 
 def machine() -> dict[str, str | int | float]:
@@ -31,3 +34,18 @@ def processor() -> str:
 def facts(result: dict) -> str:
     """The machine of a result, as lines of a page."""
     return "\n".join(f"- {name}: {value}" for name, value in result["machine"].items())
+
+
+def publish(name: str, result: dict, page: str) -> None:
+    """Write ``results/bench/<name>.json`` and ``docs/benchmarks/<name>.md``."""
+    for path, text in (
+        (HERE / f"results/bench/{name}.json", json.dumps(result, indent=1)),
+        (HERE / f"docs/benchmarks/{name}.md", page.rstrip()),
+    ):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text + "\n")
+
+
+def published(name: str) -> dict:
+    """The result as committed."""
+    return json.loads((HERE / f"results/bench/{name}.json").read_text())
