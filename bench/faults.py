@@ -285,11 +285,12 @@ def second_start(folder: Path, log: Path) -> dict:
     return {"first": first.wait(), "second": code, "said": words.replace(str(first.pid), "N")}
 
 
-def begun_anew(folder: Path, log: Path, seconds: float, expected: dict) -> dict:
+def begun_anew(folder: Path, log: Path, expected: dict) -> dict:
     """Begin anew, though all is finished, kill it, the same again, then start it without."""
     before = trained(folder)
-    first = attempt(folder, log, Blow("everything", seconds), "--fresh")
-    second = attempt(folder, log, Blow("everything", seconds), "--fresh")
+    # aimed: had one of them ended before its kill, the next would rightly begin once more
+    first = attempt(folder, log, Blow("everything", 6, "stage_1"), "--fresh")
+    second = attempt(folder, log, Blow("everything", 6, "variant"), "--fresh")
     last = attempt(folder, log, None)
     now, third = trained(folder), attempt(folder, log, None)
     found = {
@@ -301,7 +302,7 @@ def begun_anew(folder: Path, log: Path, seconds: float, expected: dict) -> dict:
         "repeated": second["repeated"] + last["repeated"] + third["repeated"],
     }
     as_it_must = (
-        first["killed"] and last["code"] == 0 and not found["repeated"]
+        first["killed"] and second["killed"] and last["code"] == 0 and not found["repeated"]
         and found["trained_again"] == found["kept"] == found["runs"]
         and not (folder / f"runs/.{PROFILE}.fresh").exists()
     )  # fmt: skip
@@ -326,7 +327,7 @@ def run(kills: int, seed: int) -> dict:
         both = second_start(folder, log)
         fine = both["first"] == 0 and both["second"] != 0
         both |= {"equal": fine and outcome(folder) == expected}
-        anew = begun_anew(folder, log, 0.6 * plain["seconds"], expected)
+        anew = begun_anew(folder, log, expected)
         return {"machine": of_machine, "seed": seed, "undisturbed_seconds": plain["seconds"],
                 "rounds": rounds, "two_at_once": both, "anew": anew}  # fmt: skip
 
