@@ -37,7 +37,7 @@ from report import HERE, facts, machine, publish, published
 
 KILLS, PROFILE, ROWS = 20, "tiny", "full"
 LONGEST = 75.0  # seconds until a kill at most; on a busy machine the whole takes longer
-COPIED = ("Snakefile", "profiles", "conki_lib", "notebooks")
+COPIED = ("Snakefile", "profiles", "conki_lib", "notebooks", "configs")
 SIZES = {"(600, 150, 300)": "(72, 36, 36)", "(3200, 400, 400)": "(96, 36, 36)"}
 SETTINGS = dict(
     target="synthetic", external="synthetic-external", modalities="tva", d=16, encoder_heads=2,
@@ -55,13 +55,13 @@ WORKING = (".lock", ".pipeline.lock", ".jobs")  # part of a folder of runs, not 
 # --- the project that is killed -----------------------------------------------------------------
 
 
-def copied(folder: Path, names: Sequence[str]) -> Path:
-    """Copy parts of the project, and the list of checksums, but no corpora and no runs."""
+def copied(folder: Path, names: Sequence[str], source: Path = HERE) -> Path:
+    """Copy parts of a project, and the list of checksums, but no corpora and no runs."""
     for name in names:
-        copy = shutil.copytree if (HERE / name).is_dir() else shutil.copyfile
-        copy(HERE / name, folder / name)
+        copy = shutil.copytree if (source / name).is_dir() else shutil.copyfile
+        copy(source / name, folder / name)
     (folder / "data").mkdir()
-    shutil.copyfile(HERE / "data/registry.txt", folder / "data/registry.txt")
+    shutil.copyfile(source / "data/registry.txt", folder / "data/registry.txt")
     return folder
 
 
@@ -72,10 +72,9 @@ def isolated(folder: Path, **more: str) -> dict[str, str]:
     return kept | {"PYTHONPATH": path, "CONKI_HOME": str(folder)} | more
 
 
-def project(folder: Path) -> Path:
-    """A copy of the project with the tiny profile and a backbone."""
-    copied(folder, COPIED)
-    (folder / "configs").mkdir()
+def project(folder: Path, source: Path = HERE) -> Path:
+    """A copy of a project with the tiny profile beside its own, and a backbone."""
+    copied(folder, COPIED, source)
     generator = folder / "conki_lib/data/synthetic.py"
     text = generator.read_text()
     for size, smaller in SIZES.items():

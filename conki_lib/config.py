@@ -19,6 +19,7 @@ ROOT = Path(os.environ.get("CONKI_HOME", Path(__file__).resolve().parents[1]))
 Modality = Literal["t", "v", "a"]
 PairSet = Literal["P1", "P2", "N1", "N2"]
 Kind = Literal["conki", "text-only", "late-fusion", "tfn", "lmf"]
+Precision = Literal["auto", "fp32", "fp32-fast", "bf16"]
 
 
 def _as_tuple(value: Any) -> Any:
@@ -39,7 +40,7 @@ def _as_modalities(value: Any) -> Any:
 
 
 class _Group(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
 class DataConfig(_Group):
@@ -190,8 +191,9 @@ class RuntimeConfig(_Group):
     """What may change rounding, never meaning."""
 
     seed: int = Field(0, ge=0)
-    precision: Literal["fp32", "fp32-fast", "bf16"] = Field(
-        "fp32-fast", description="losses are always fp32"
+    precision: Precision = Field(
+        "fp32-fast",
+        description="losses are always fp32; auto: bf16 where the device has instructions for it",
     )
     device: Literal["auto", "cpu", "cuda"] = "auto"
     accumulate: int = Field(
@@ -365,7 +367,7 @@ def read_profile(profile: str) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: no such profile; lists the known ones and the near ones.
-        ValueError: the file holds no flat mapping, or a key that is no setting.
+        ValueError: the file is no YAML, no flat mapping, or holds a key that is no setting.
     """
     folder = ROOT / "configs"
     path = folder / f"{profile}.yml"
@@ -375,7 +377,10 @@ def read_profile(profile: str) -> dict[str, Any]:
             f"no profile {profile!r} in {folder}{near_names(profile, known)}: "
             f"known are {', '.join(known) or 'none'}"
         )
-    values = yaml.safe_load(path.read_text()) or {}
+    try:
+        values = yaml.safe_load(path.read_text()) or {}
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is no YAML: {error}") from None
     if not isinstance(values, dict):
         raise ValueError(
             f"{path}: a flat mapping of settings is needed, not a {type(values).__name__}"

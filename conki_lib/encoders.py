@@ -55,9 +55,10 @@ def _verified(name: str, folder: Path) -> Path:
 
 
 def backbone_fingerprint(name: str) -> str:
-    """SHA-256 over the weights of a text backbone: a folder's content may change under its name."""
-    digest = hashlib.sha256()
-    for path in sorted(resolve_backbone(name).glob("model*.safetensors")):
+    """SHA-256 over a text backbone's files, tokenizer included: they may change under its name."""
+    digest, folder = hashlib.sha256(), resolve_backbone(name)
+    for path in sorted(path for wanted in _WANTED for path in folder.glob(wanted)):
+        digest.update(path.name.encode())
         digest.update(_sha256(path, (s := path.stat()).st_size, s.st_mtime_ns).encode())
     return digest.hexdigest()
 

@@ -8,13 +8,18 @@ import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, set_seed
+from accelerate.utils import (
+    DistributedDataParallelKwargs,
+    InitProcessGroupKwargs,
+    set_seed,
+)
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -22,7 +27,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from conki_lib.config import RuntimeConfig, StageConfig
+from conki_lib.config import Precision, RuntimeConfig, StageConfig
 from conki_lib.data import Batch
 from conki_lib.disk import explained
 from conki_lib.metrics import mosi_metrics, sims_metrics
@@ -33,6 +38,8 @@ _GO_ON = (
     "free some space, or move the runs and name their folder by CONKI_RUNS, and start again: the "
     "run goes on from its last complete checkpoint"
 )
+# that processes wait for one of them, which may wait for another run's stage 1
+_WAITING = timedelta(days=7)
 # of an output, the truth and the share (see `_share`)
 Criterion = Callable[[Output, Tensor, float], dict[str, Tensor]]
 
@@ -119,10 +126,10 @@ def fit(job: Job) -> tuple[int, list[dict]]:
     set_seed(runtime.seed, device_specific=True)
     job.model.checkpoint_activations = runtime.checkpoint_activations
     optimizer = make_optimizer(job.model, plan)
-    sampler = job.loaders["train"].batch_sampler
-    sampler.share = (accelerator.process_index, accelerator.num_processes)
-    steps = len(sampler)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, learning_rate_factor(plan, steps))
+    loader = job.loaders["train"]
+    loader.dataset.share = (accelerator.process_index, accelerator.num_processes)
+    factor = learning_rate_factor(plan, steps=len(loader))
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
     forward, optimizer = accelerator.prepare(_InParts(job.model).to(accelerator.device), optimizer)
     accelerator.register_for_checkpointing(schedule)
     history = _resume(job, accelerator)
@@ -156,8 +163,11 @@ def make_accelerator(runtime: RuntimeConfig) -> Accelerator:
     """
     if runtime.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("device is cuda, but PyTorch finds no GPU: set device to auto or cpu")
-    kwargs = DistributedDataParallelKwargs(find_unused_parameters=True)
-    return Accelerator(cpu=runtime.device == "cpu", kwargs_handlers=[kwargs])
+    handlers = [
+        DistributedDataParallelKwargs(find_unused_parameters=True),
+        InitProcessGroupKwargs(timeout=_WAITING),
+    ]
+    return Accelerator(cpu=runtime.device == "cpu", kwargs_handlers=handlers)
 
 
 def device_name(device: torch.device) -> str:
@@ -326,14 +336,28 @@ def is_main() -> bool:
 # ---- precision and progress ---------------------------------------------------------------------
 
 
+def chosen_precision(name: Precision, device: torch.device | str) -> Precision:
+    """What ``precision: auto`` means on a device: bf16 where it has instructions for that.
+
+    A processor that has none computes bf16 many times more slowly than fp32.
+    """
+    if name != "auto":
+        return name
+    if torch.device(device).type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32-fast"
+    return "bf16" if torch.ops.mkldnn._is_mkldnn_bf16_supported() else "fp32"
+
+
 @contextlib.contextmanager
-def precision(name: str, device: torch.device | str = "cpu") -> Iterator[None]:
+def precision(name: Precision, device: torch.device | str = "cpu") -> Iterator[None]:
     """Set how matrix products are computed on a device, and put it back after.
 
     fp32: full single precision. fp32-fast: oneDNN on a CPU (checked: still single precision),
     TF32 on a GPU. bf16: autocast to bfloat16; losses and norms stay in fp32. On a CPU attention is
     then the plain one: the fused one is far slower on its way back through short sequences.
+    auto: see `chosen_precision`.
     """
+    name = chosen_precision(name, device)
     before = torch.get_float32_matmul_precision()
     gpu = torch.device(device).type == "cuda"
     torch.set_float32_matmul_precision({"fp32": "highest"}.get(name, "high" if gpu else "medium"))

@@ -14,7 +14,7 @@ MOSI_METRICS = ("mae", "corr", "acc7", "acc5", "acc2_has0", "f1_has0", "acc2_non
 SIMS_METRICS = ("mae", "corr", "acc5", "acc3", "acc2", "f1")
 
 # CH-SIMS bins, open left and closed right, between -1 and 1
-_SIMS_EDGES = {"acc5": (-0.7, -0.1, 0.1, 0.7), "acc3": (-0.1, 0.1), "acc2": (0.0,)}
+SIMS_EDGES = {"acc5": (-0.7, -0.1, 0.1, 0.7), "acc3": (-0.1, 0.1), "acc2": (0.0,)}
 
 
 def mosi_metrics(*, y_hat: ArrayLike, y: ArrayLike) -> dict[str, float]:
@@ -71,7 +71,7 @@ def sims_metrics(*, y_hat: ArrayLike, y: ArrayLike) -> dict[str, float]:
     Differs: nothing.
     """
     p, t = (np.clip(values, -1, 1) for values in _as_float32(y_hat=y_hat, y=y))
-    bins = {name: (_binned(p, edges), _binned(t, edges)) for name, edges in _SIMS_EDGES.items()}
+    bins = {name: (_binned(p, edges), _binned(t, edges)) for name, edges in SIMS_EDGES.items()}
     return {
         "mae": _mae(p, t),
         "corr": _corr(p, t),

@@ -24,7 +24,7 @@ from conki_lib.config import ROOT, RunConfig, read_profile
 from conki_lib.disk import explained
 from conki_lib.records import (
     committed_records,
-    config_key,
+    config_keys,
     load_records,
     local_records,
     provenance,
@@ -118,9 +118,9 @@ def is_committed(config: RunConfig, stage: int) -> bool:
 
     The data need not be here; those that `conki fetch` brings are pinned by checksums.
     """
-    wanted = config_key(config, stage)
+    wanted = config_keys(config, stage)
     committed = committed_records(config.profile)
-    return any(r.config_key == wanted and r.is_current for r in committed)
+    return any(r.config_key in wanted and r.is_current for r in committed)
 
 
 def sources(profile: str) -> dict[str, str]:
@@ -354,7 +354,7 @@ def summary(profile: str) -> tuple[pd.DataFrame, list[str]]:
     rows = [
         {"variant": r.variant, "fold": r.fold, "seed": r.seed, "epoch": r.best_epoch}
         | {name: round(value, 4) for name, value in r.metrics.get("test", {}).items()}
-        | {"code": "current" if r.is_current else "older"}
+        | {"code": r.age}
         for fold in sorted({record.fold for record in load_records(profile)})
         for r in runs_of(profile, fold=fold)
     ]
@@ -369,17 +369,18 @@ def machine() -> dict[str, str]:
     """What is installed, and which device and precision a run would have here."""
     import torch
 
+    from conki_lib.fitting import chosen_precision
+
     if torch.cuda.is_available():
-        device, fast = torch.cuda.get_device_name(), torch.cuda.is_bf16_supported()
+        kind, device = "cuda", torch.cuda.get_device_name()
     else:
-        device = (
-            f"cpu, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"
-        )
-        fast = torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    bf16 = "bf16" if fast else "bf16 (slow: no instructions for it here)"
+        kind, threads = "cpu", torch.get_num_threads()
+        device = f"cpu, {threads} threads, {torch.backends.cpu.get_cpu_capability()}"
+    auto = chosen_precision("auto", kind)
+    bf16 = "bf16" if auto == "bf16" else "bf16 (slow: no instructions for it here)"
     return {
         **{name: str(value) for name, value in provenance()["versions"].items()},
         "device": device,
-        "precision": f"fp32, fp32-fast, {bf16}",
+        "precision": f"fp32, fp32-fast, {bf16}; auto means {auto}",
         "project": str(ROOT),
     }

@@ -23,12 +23,12 @@ from dataclasses import asdict, dataclass, field
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import pandas as pd
 from filelock import FileLock
 
-from conki_lib.config import ROOT, RunConfig
+from conki_lib.config import ROOT, Precision, RunConfig
 from conki_lib.disk import explained
 
 RESULT_MODULES = (
@@ -66,8 +66,15 @@ class Record:
 
     @property
     def is_current(self) -> bool:
-        """Was the run made by the code as it stands now?"""
-        return self.code == code_hash()
+        """Was the run made by the code as it stands now, or by one shown to do the same?"""
+        return self.code in current_codes()
+
+    @property
+    def age(self) -> Literal["current", "equal", "older"]:
+        """What made the run: today's code, earlier code shown to do the same, or other code."""
+        if self.code == code_hash():
+            return "current"
+        return "equal" if self.is_current else "older"
 
     @property
     def rank(self) -> tuple[bool, bool, str]:
@@ -154,6 +161,24 @@ def code_hash() -> str:
     return _digest([[p.stem, _essence(ast.parse(p.read_text()))] for p in paths if p.is_file()])
 
 
+def current_codes() -> frozenset[str]:
+    """Hashes of today's code and of earlier code whose runs it repeats to the bit.
+
+    ``results/equal_code.json`` says which: pairs of hashes, written by bench/equal_code.py after
+    it ran both on one machine.
+    """
+    return _equal_to(code_hash(), ROOT / "results" / "equal_code.json")
+
+
+@cache
+def _equal_to(code: str, path: Path) -> frozenset[str]:
+    found = {code}
+    for shown in reversed(json.loads(path.read_text()) if path.is_file() else []):  # newest last
+        if shown["code"] in found:
+            found.add(shown["earlier"])
+    return frozenset(found)
+
+
 def _digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:12]
 
@@ -163,6 +188,12 @@ def config_key(config: RunConfig, stage: int) -> str:
     identity = config.identity(stage)
     identity["model"] = {k: v for k, v in identity["model"].items() if k != "widths"}
     return _digest({"stage": stage, **identity})
+
+
+def config_keys(config: RunConfig, stage: int) -> set[str]:
+    """`config_key` in every precision, which changes rounding, never meaning."""
+    names = get_args(Precision)
+    return {config_key(config.replace(precision=name), stage) for name in names}
 
 
 def run_key(config: RunConfig, stage: int, data: dict[str, str]) -> str:
@@ -265,10 +296,13 @@ def load_records(profile: str) -> list[Record]:
 
 
 def find_record(config: RunConfig, stage: int = 2) -> Record | None:
-    """The record that answers a configuration, of any code version; `Record.is_current` tells."""
-    wanted = config_key(config, stage)
-    matching = (r for r in load_records(config.profile) if r.config_key == wanted)
-    return next(matching, None)
+    """The record that answers a configuration, whatever its precision and code version.
+
+    Of several that which comes first by `Record.rank`; `Record.is_current` tells the version.
+    """
+    wanted = config_keys(config, stage)
+    matching = [r for r in load_records(config.profile) if r.config_key in wanted]
+    return max(matching, key=lambda r: r.rank, default=None)
 
 
 def _best(records: list[Record]) -> list[Record]:

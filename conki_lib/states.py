@@ -104,7 +104,7 @@ def cached_states(
     name = hashlib.sha256(json.dumps([key, code_hash()], sort_keys=True).encode()).hexdigest()[:12]
     folder = runs_dir("cache") / f"{modality}-{name}"
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder.with_suffix(".lock")):
+    with FileLock(folder.with_name(f"{folder.name}.lock")):
         if not (folder / "states.json").is_file():
             steps = sum(int(batch.lengths[modality].sum()) + len(batch) for batch in loader)
             size = 4 * model.config.d * steps * len(model.plugged(modality))

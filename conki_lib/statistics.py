@@ -17,7 +17,7 @@ from scipy import stats
 
 from conki_lib.config import ROOT
 from conki_lib.data import corpus_path, open_store
-from conki_lib.metrics import _SIMS_EDGES, MOSI_METRICS, SIMS_METRICS, mosi_metrics, sims_metrics
+from conki_lib.metrics import MOSI_METRICS, SIMS_EDGES, SIMS_METRICS, mosi_metrics, sims_metrics
 
 METRICS = {"mosi": MOSI_METRICS, "sims": SIMS_METRICS}
 SMALLER_IS_BETTER = ("mae",)
@@ -110,7 +110,7 @@ def weighted_scores(
 def _classes(values: np.ndarray, metrics: str) -> dict[str, np.ndarray]:
     """The class of each value under each accuracy of a convention; see `conki_lib.metrics`."""
     if metrics == "sims":
-        edges = {name: np.array(cuts, np.float32) for name, cuts in _SIMS_EDGES.items()}
+        edges = {name: np.array(cuts, np.float32) for name, cuts in SIMS_EDGES.items()}
         return {name: np.digitize(values, cuts, right=True) for name, cuts in edges.items()}
     found = {f"acc{2 * k + 1}": np.rint(values.clip(-k, k)) for k in (3, 2)}
     return found | {"acc2_has0": values >= 0, "acc2_non0": values > 0}

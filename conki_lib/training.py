@@ -24,6 +24,7 @@ from conki_lib.data import FeatureStore, corpus_path, make_loader, open_store, t
 from conki_lib.encoders import backbone_fingerprint, load_tokenizer
 from conki_lib.fitting import (
     Job,
+    chosen_precision,
     device_name,
     fit,
     is_main,
@@ -162,8 +163,7 @@ def _stage1(config: RunConfig, stores: dict, folder: Path, data: dict[str, str])
     freeze_for_injection(model, train=config.stage1.train)
     loaders = make_loaders(used, external, used.stage1, splits=("train", "valid"))
     readers = {}
-    plain = config.model.padding == "masked"  # else states depend on the batch's padding
-    if config.stage1.cache and plain and config.stage1.train == "adapters":
+    if config.stage1.cache and config.stage1.train == "adapters":
         readers = _state_readers(model, used, external, loaders)
     job = Job(
         "stage 1", model, loaders, used.stage1, used.runtime, _task_only,
@@ -207,8 +207,13 @@ def _stage2(config: RunConfig, stores: dict, folder: Path, data: dict[str, str])
 
 
 def _state_readers(model: nn.Module, config: RunConfig, store: FeatureStore, loaders: dict) -> dict:
-    """A cache reader per split, or nothing where a modality's states are too many to cache."""
+    """A cache reader per split, or nothing where states cannot be cached, and why not."""
+    if config.model.padding != "masked":
+        print("padding: released: states depend on their batch's padding; recomputing")
+        return {}
     model.eval()
+    device, text = next(model.parameters()).device, config.model.text_backbone
+    weights = backbone_fingerprint(text) if "t" in config.model.modalities else None
     readers = {}
     for split, loader in loaders.items():
         found = {}
@@ -225,7 +230,9 @@ def _state_readers(model: nn.Module, config: RunConfig, store: FeatureStore, loa
                 "modalities": config.model.modalities if random else None,
                 "layers": model.plugged(m),
                 "seed": config.runtime.seed if random else None,
-                "precision": config.runtime.precision,
+                "precision": chosen_precision(config.runtime.precision, device),
+                "device": device_name(device),
+                "weights": weights,  # which of them are missing decides what is drawn next
             }  # fmt: skip
             found[m] = cached_states(model, loader, key=key, modality=m)
         if any(states is None for states in found.values()):
@@ -241,7 +248,7 @@ def _record(config, used, stage, folder, data, metrics, best, history) -> Record
         "device": device_name(accelerator.device),
         "processes": accelerator.num_processes,
         "threads": torch.get_num_threads(),
-        "precision": config.runtime.precision,
+        "precision": chosen_precision(config.runtime.precision, accelerator.device),
         "epoch_seconds": [round(h.pop("seconds"), 2) for h in history],
     }
     return Record(

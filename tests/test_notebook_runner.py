@@ -175,6 +175,17 @@ def test_a_profile_key_that_nobody_knows_is_an_error(project):
         run_notebook(path, profile="mine")
     with pytest.raises(FileNotFoundError, match=r"no profile 'mien'.*did you mean 'mine'"):
         run_notebook(path, profile="mien")
+    (project / "configs/mine.yml").write_text("lam: [0.1\n")
+    with pytest.raises(ValueError, match=r"(?s)mine.yml is no YAML: .*line 2"):
+        run_notebook(path, profile="mine")
+
+
+@pytest.mark.parametrize("value", [".inf", ".nan"])
+def test_a_setting_is_a_finite_number(project, value):
+    path = write(project)
+    (project / "configs/mine.yml").write_text(f"tau: {value}\n")
+    with pytest.raises(ValueError, match="tau"):
+        run_notebook(path, profile="mine")
 
 
 def test_a_profile_value_of_another_type_is_an_error(project):

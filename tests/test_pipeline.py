@@ -1,10 +1,12 @@
 """The pipeline: what counts as finished, one at a time, and the plan that the Snakefile makes."""
 
+import json
 import os
 import re
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -23,7 +25,7 @@ def home(place: Path) -> Path:
     for name in ("configs", "notebooks", "docs", "conki_lib", "Snakefile", "profiles"):
         (place / name).symlink_to(ROOT / name)
     for path in (ROOT / "results").iterdir():
-        if path.is_dir():
+        if path.is_dir() or path.name == "equal_code.json":
             (place / "results" / path.name).symlink_to(path)
     return place
 
@@ -101,8 +103,24 @@ def test_committed_is_what_a_record_by_todays_code_answers(tmp_path, monkeypatch
     assert not pipeline.is_committed(config, 2)
     commit(records.code_hash())
     assert pipeline.is_committed(config, 2)
+    assert pipeline.is_committed(config.replace(precision="auto"), 2)  # rounding, not meaning
     assert not pipeline.is_committed(config.replace(lam=0.5), 2)
     assert not pipeline.is_committed(config, 1)
+
+
+def test_a_record_by_code_shown_to_do_the_same_answers(tmp_path, monkeypatch):
+    monkeypatch.setattr(records, "ROOT", tmp_path)
+    shown = [("a", "b"), ("x", "y"), ("b", records.code_hash()), ("c", "a")]
+    steps = [{"earlier": earlier, "code": code} for earlier, code in shown]
+    records.write_text(tmp_path / "results/equal_code.json", json.dumps(steps))
+    record = records.Record(
+        stage=2, profile="p", variant="full", fold="standard", seed=0, key="k", config_key="",
+        settings={}, data={}, code="a", metrics={}, best_epoch=1, history=[],
+    )  # fmt: skip
+    ages = {code: replace(record, code=code).age for code in ("a", "b", "x", "c")}
+    # what was shown of "a" later does not count: the steps are in the order of time
+    assert ages == {"a": "equal", "b": "equal", "x": "older", "c": "older"}
+    assert replace(record, code=records.code_hash()).age == "current"
 
 
 def test_a_damaged_record_is_named_with_its_line(tmp_path, monkeypatch):

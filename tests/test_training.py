@@ -227,6 +227,23 @@ def test_other_weights_under_the_same_name_are_another_run(world, tmp_path):
     save_file({k: v + 0.5 for k, v in weights.items()}, folder / "model.safetensors")
     second = training.fine_tune(config)
     assert first.config_key == second.config_key and first.key != second.key
+    words = folder / "tokenizer.json"
+    words.write_text(words.read_text().replace('"lowercase": true', '"lowercase": false'))
+    assert training.fine_tune(config).key not in (first.key, second.key)
+
+
+def test_states_are_cached_for_the_weights_that_made_them(world, tmp_path):
+    folder = shutil.copytree(world.model.text_backbone, tmp_path / "bert")
+    config = world.replace(text_backbone=str(folder))
+
+    def cached():
+        training.inject_knowledge(config)
+        return {path.parent.name for path in records.runs_dir("cache").glob("*/states.json")}
+
+    first = cached()
+    weights = load_file(folder / "model.safetensors")
+    save_file({k: v + 0.5 for k, v in weights.items()}, folder / "model.safetensors")
+    assert len(cached()) == 2 * len(first)
 
 
 def test_weights_of_committed_records_are_asked_for_by_name(world):
@@ -306,6 +323,21 @@ def test_bf16_learns_what_fp32_learns(world):
     np.testing.assert_allclose(curves["bf16"], curves["fp32"], rtol=0.15)
 
 
+def test_automatic_precision_is_what_the_device_has_instructions_for(world, monkeypatch):
+    for has, name in ((True, "bf16"), (False, "fp32")):
+        monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda has=has: has)
+        assert fitting.chosen_precision("auto", "cpu") == name
+        with fitting.precision("auto"):
+            assert torch.is_autocast_enabled("cpu") == has
+    for has, name in ((True, "bf16"), (False, "fp32-fast")):
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda has=has, **_: has)
+        assert fitting.chosen_precision("auto", "cuda") == name
+    assert fitting.chosen_precision("fp32", "cpu") == "fp32"
+    record = training.fine_tune(world.replace(precision="auto", external=None, epochs=1))
+    assert record.settings["precision"] == "auto" and record.provenance["precision"] == "fp32"
+    assert records.find_record(world.replace(external=None, epochs=1)) == record
+
+
 def test_precision_is_put_back():
     before = torch.get_float32_matmul_precision()
     with fitting.precision("fp32-fast"):
@@ -377,7 +409,11 @@ training.fine_tune(RunConfig(**json.loads(sys.argv[1])))
 """
 
 
-def test_two_processes_killed_and_started_again_give_what_one_gives(still, tmp_path, monkeypatch):
+@pytest.mark.parametrize("padding", ["masked", "released"])
+def test_two_processes_killed_and_started_again_give_what_one_gives(
+    still, padding, tmp_path, monkeypatch
+):
+    still = still.replace(padding=padding)
     alone = training.fine_tune(still)
     runs, script = tmp_path / "two", tmp_path / "job.py"
     script.write_text(TWO_PROCESSES)

@@ -97,14 +97,7 @@ class BucketSampler(Sampler[list[int]]):
     16 batches are sorted by length, cut into batches of equal size (but for one utterance), and the
     batches permuted. Otherwise all are sorted by length. The length of an utterance is the sum over
     modalities of its length relative to the mean.
-
-    Attributes:
-        share: (rank, number of processes); a process gets every so-manyth utterance of each batch,
-            so that the processes' batches together are what one process alone would get. A batch
-            with less than one utterance per process is a `ValueError`.
     """
-
-    share = (0, 1)
 
     def __init__(
         self, lengths: Float[np.ndarray, " N"], batch_size: int, shuffle: bool, seed: int = 0
@@ -123,14 +116,7 @@ class BucketSampler(Sampler[list[int]]):
         return -(-len(self.lengths) // self.batch_size)
 
     def __iter__(self) -> Iterator[list[int]]:
-        rank, world = self.share
-        for batch in self._batches():
-            if len(batch) < world:
-                raise ValueError(
-                    f"a batch of {len(batch)} utterances cannot be shared by {world} processes: "
-                    "raise batch_size, or start fewer processes"
-                )
-            yield batch[rank::world].tolist()
+        return (batch.tolist() for batch in self._batches())
 
     def _batches(self) -> list[Int[np.ndarray, " _"]]:
         n, count = len(self.lengths), len(self)
@@ -149,7 +135,15 @@ class BucketSampler(Sampler[list[int]]):
 
 
 class _Collator(Dataset[Batch]):
-    """Builds whole batches straight from the mapped file: each frame is copied once."""
+    """Builds whole batches straight from the mapped file: each frame is copied once.
+
+    Attributes:
+        share: (rank, number of processes); a process gets every so-manyth utterance of each batch,
+            padded as the whole batch, so that the processes' batches together are what one process
+            alone would get. A batch with less than one utterance per process is a `ValueError`.
+    """
+
+    share = (0, 1)
 
     def __init__(
         self,
@@ -173,7 +167,14 @@ class _Collator(Dataset[Batch]):
         return self.__getitems__([i])
 
     def __getitems__(self, indices: list[int]) -> Batch:
+        rank, world = self.share
+        if len(indices) < world:
+            raise ValueError(
+                f"a batch of {len(indices)} utterances cannot be shared by {world} processes: "
+                "raise batch_size, or start fewer processes"
+            )
         packed = {m: self._pack(m, indices) for m in self.modalities}
+        indices = indices[rank::world]
         ids = self.split.columns["id"]
         return Batch(
             inputs={m: torch.from_numpy(values) for m, (values, _) in packed.items()},
@@ -185,14 +186,16 @@ class _Collator(Dataset[Batch]):
         )
 
     def _pack(self, m: str, indices: list[int]) -> tuple[np.ndarray, np.ndarray]:
-        """Pad the rows of one modality to the longest; (values, lengths)."""
+        """Pad the own rows of one modality to the longest of all; (values, lengths)."""
         if m == "t":
             rows, tail, dtype = [self.tokens[i] for i in indices], (), np.int64
         else:
             rows, dtype = [self._frames(m, i) for i in indices], np.float32
             tail = (rows[0].shape[1],)
+        longest = max(*map(len, rows), self.pad_to.get(m, 0))
+        rank, world = self.share
+        rows = rows[rank::world]
         lengths = np.array([len(row) for row in rows], dtype=np.int64)
-        longest = max(int(lengths.max()), self.pad_to.get(m, 0))
         values = np.zeros((len(rows), longest, *tail), dtype=dtype)
         for place, row in zip(values, rows, strict=True):
             self._fill(m, place[: len(row)], row)

@@ -1,0 +1,211 @@
+"""Does today's code give the same results as that of an earlier commit, to the bit?
+
+    python bench/equal_code.py --against HEAD    # 15 minutes on two cores
+    python bench/equal_code.py --page            # the page from the committed results
+
+Records name a hash of the code that determines results. A change that is meant to change no result,
+such as a clearer error, changes the hash too, and all records would be by "older code". So both
+codes run here, side by side on one machine, with one thread: every row of the tables and every
+switch on a tiny profile, each precision, and the profiles that can be had for one epoch at their
+own sizes. Metrics, history, predictions and weights of both stages are compared. Only if all are
+equal, the pair of hashes goes to results/equal_code.json, by which `Record.age` calls such records
+equal, and the page docs/benchmarks/equal_code.md is written. Offline, CONKI_MIRROR names a folder
+with the published files; profiles whose corpora cannot be had are left out.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from faults import PROFILE, environment, project
+from report import HERE, facts, machine
+
+from conki_lib.pipeline import parse_rows
+from conki_lib.records import write_text
+
+SHOWN = HERE / "results/equal_code.json"
+PAGE = HERE / "docs/benchmarks/equal_code.md"
+OPEN = ("synthetic", "mosi-open", "mmmo-open")
+ONE_EPOCH = {"epochs": 1, "stage1_epochs": 1, "precision": "fp32", "device": "cpu"}
+WAYS = (
+    {"precision": "fp32-fast"}, {"precision": "bf16"}, {"accumulate": 2}, {"stage1_cache": False},
+    {"checkpoint_activations": True},
+)  # fmt: skip
+RUNNER = """
+import json, os, sys
+from hashlib import sha256
+from pathlib import Path
+
+import pandas as pd
+import torch
+
+from conki_lib import ablation, records, training
+from conki_lib.data import corpora
+
+torch.set_num_threads(1)
+home, found = Path(os.environ["CONKI_HOME"]), {}
+
+
+def outcome(folder):
+    record = records.load_run(folder)
+    values, table = b"", folder / "predictions.parquet"
+    if table.is_file():
+        values = pd.util.hash_pandas_object(pd.read_parquet(table)).to_numpy().tobytes()
+    weights = (folder / "model.safetensors").read_bytes()
+    hashes = {"predictions": sha256(values).hexdigest(), "weights": sha256(weights).hexdigest()}
+    facts = {"metrics": record.metrics, "history": record.history, "best epoch": record.best_epoch}
+    return facts | hashes
+
+
+for name, profile, row, changes in json.loads(sys.argv[1]):
+    os.environ["CONKI_RUNS"] = str(home / "cases" / records.slug(name))
+    config = ablation.configure(profile, row, 0).replace(**changes)
+    try:
+        for corpus in filter(None, (config.data.target, config.data.external)):
+            corpora.fetch(corpus)
+    except (OSError, ValueError) as error:
+        print(f"{name} is left out: {error}", file=sys.stderr)
+        continue
+    training.fine_tune(config)
+    runs = sorted((home / "cases" / records.slug(name)).glob("*/*/record.json"))
+    found[name] = {records.load_run(p.parent).variant: outcome(p.parent) for p in runs}
+    print(name, file=sys.stderr, flush=True)
+print(json.dumps({"code": records.code_hash(), "runs": found}))
+"""
+
+
+def cases() -> Iterator[tuple[str, str, str, dict]]:
+    """What is run by both codes: a name, the profile, the row, and settings that differ from it."""
+    for profile in OPEN:
+        yield profile, profile, "full", ONE_EPOCH
+    for way in WAYS:
+        yield ", ".join(f"{k}={v}" for k, v in way.items()), PROFILE, "full", way
+    for row in dict.fromkeys(parse_rows("all", "synthetic") + parse_rows("switches", "synthetic")):
+        yield row, PROFILE, row, {}
+
+
+def extracted(revision: str, folder: Path) -> Path:
+    """The files of a commit."""
+    folder.mkdir()
+    archive = subprocess.run(
+        ["git", "-C", str(HERE), "archive", revision], capture_output=True, check=True
+    )
+    subprocess.run(["tar", "-x", "-C", str(folder)], input=archive.stdout, check=True)
+    return folder
+
+
+def started(folder: Path, source: Path, chosen: list) -> subprocess.Popen:
+    """Begin all cases with the code of one source."""
+    folder.mkdir()
+    project(folder, source)
+    more = {"CONKI_HEADLESS": "1"}
+    if mirror := os.environ.get("CONKI_MIRROR"):
+        more["CONKI_MIRROR"] = mirror
+    log = folder.with_suffix(".log").open("w")
+    return subprocess.Popen(
+        [sys.executable, "-c", RUNNER, json.dumps(chosen)],
+        cwd=folder, env=environment(folder, **more), stdout=subprocess.PIPE, stderr=log, text=True,
+    )  # fmt: skip
+
+
+def ended(process: subprocess.Popen, log: Path) -> dict:
+    """What the cases gave; an error ends the comparison."""
+    said, _ = process.communicate()
+    if process.returncode:
+        raise RuntimeError(f"the runs failed:\n{log.read_text()[-3000:]}")
+    return json.loads(said.splitlines()[-1])
+
+
+def compared(earlier: dict, now: dict) -> list[str]:
+    """Where two outcomes differ: case, run and what of it."""
+    return [
+        f"{case}, {run}: {what}"
+        for case in sorted({*earlier, *now})
+        for run in sorted({*earlier.get(case, {}), *now.get(case, {})})
+        for what in ("metrics", "history", "best epoch", "predictions", "weights")
+        if (earlier.get(case, {}).get(run) or {}).get(what)
+        != (now.get(case, {}).get(run) or {}).get(what)
+    ]
+
+
+def run(revision: str) -> dict | None:
+    """Run both codes; None where they are one."""
+    facts_now, chosen = machine(), list(cases())
+    with tempfile.TemporaryDirectory() as name:
+        place = Path(name).resolve()
+        sources = {"earlier": extracted(revision, place / "commit"), "now": HERE}
+        processes = {k: started(place / k, source, chosen) for k, source in sources.items()}
+        sides = {k: ended(p, place / f"{k}.log") for k, p in processes.items()}
+    earlier, now = sides["earlier"], sides["now"]
+    if earlier["code"] == now["code"]:
+        return None
+    return {
+        "earlier": earlier["code"], "code": now["code"], "machine": facts_now,
+        "cases": {case: sorted(runs) for case, runs in now["runs"].items()},
+        "different": compared(earlier["runs"], now["runs"]),
+    }  # fmt: skip
+
+
+def page(shown: list[dict]) -> str:
+    """The page of all comparisons, the newest first."""
+    return TEXT.format(parts="\n".join(map(part, reversed(shown))))
+
+
+def part(one: dict) -> str:
+    """One comparison."""
+    runs = sum(map(len, one["cases"].values()))
+    return PART.format(
+        **one, facts=facts(one), runs=runs, named=", ".join(f"`{case}`" for case in one["cases"])
+    )
+
+
+TEXT = """# Code that gives the same results
+
+Written by `python bench/equal_code.py` from `results/equal_code.json`. Every record names a hash of
+the code that determines results. Where a change was meant to change none, both codes ran the cases
+below side by side on one machine's processor: metrics, history, predictions and weights of every run
+were equal to the bit. Tables then call records of the earlier code "equal", not "older".
+
+A case is a row of the tables or a setting, on a tiny profile with all modalities; those named after
+a profile are its row `full` for one epoch at its own sizes, in fp32 (`synthetic`: its generated
+corpora have fewer utterances here).
+
+{parts}"""
+PART = """## {earlier} → {code}
+
+{facts}
+- runs of both stages: {runs}
+
+{named}
+"""
+
+
+def main() -> int:
+    """Compare, and keep what was shown."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--against", default="HEAD", help="commit with the earlier code")
+    parser.add_argument("--page", action="store_true", help="the page from the committed results")
+    given = parser.parse_args()
+    shown = json.loads(SHOWN.read_text()) if SHOWN.is_file() else []
+    if not given.page:
+        result = run(given.against)
+        if result is None:
+            print("the code that determines results is the same")
+            return 0
+        if result["different"]:
+            print("not equal:", *result["different"], sep="\n  ")
+            return 1
+        del result["different"]
+        shown.append(result)
+        write_text(SHOWN, json.dumps(shown, indent=1) + "\n")
+    write_text(PAGE, page(shown).rstrip() + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
