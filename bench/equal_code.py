@@ -168,8 +168,8 @@ TEXT = """# Code that gives the same results
 
 Written by `python bench/equal_code.py` from `results/equal_code.json`. Every record names a hash of
 the code that determines results. Where a change was meant to change none, both codes ran the cases
-below side by side on one machine's processor: metrics, history, predictions and weights of every run
-were equal to the bit. Tables then call records of the earlier code "equal", not "older".
+below side by side on one processor: metrics, history, predictions and weights of every run were
+equal to the bit. Tables then call records of the earlier code "equal", not "older".
 
 A case is a row of the tables or a setting, on a tiny profile with all modalities; those named after
 a profile are its row `full` for one epoch at its own sizes, in fp32 (`synthetic`: its generated
