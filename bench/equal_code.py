@@ -8,8 +8,8 @@ such as a clearer error, changes the hash too, and all records would be by "olde
 codes run here, side by side on one machine, with one thread: every row of the tables and every
 switch on a tiny profile, each precision, and the profiles that can be had for one epoch at their
 own sizes. Metrics, history, predictions and weights of both stages are compared. Only if all are
-equal, the pair of hashes goes to results/equal_code.json, by which `Record.age` calls such records
-equal, and the page docs/benchmarks/equal_code.md is written. Offline, CONKI_MIRROR names a folder
+equal, the pair of hashes goes to results/equal_code.json, by which `Record.is_current` counts such
+records, and the page docs/benchmarks/equal_code.md is written. Offline, CONKI_MIRROR names a folder
 with the published files; profiles whose corpora cannot be had are left out.
 """
 
@@ -21,6 +21,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from faults import PROFILE, environment, project
 from report import HERE, facts, machine
@@ -75,8 +76,9 @@ for name, profile, row, changes in json.loads(sys.argv[1]):
     runs = sorted((home / "cases" / records.slug(name)).glob("*/*/record.json"))
     found[name] = {records.load_run(p.parent).variant: outcome(p.parent) for p in runs}
     print(name, file=sys.stderr, flush=True)
-print(json.dumps({"code": records.code_hash(), "runs": found}))
+print(json.dumps(found))
 """
+HASH = "from conki_lib.records import code_hash; print(code_hash())"
 
 
 def cases() -> Iterator[tuple[str, str, str, dict]]:
@@ -99,26 +101,21 @@ def extracted(revision: str, folder: Path) -> Path:
     return folder
 
 
-def started(folder: Path, source: Path, chosen: list) -> subprocess.Popen:
-    """Begin all cases with the code of one source."""
-    folder.mkdir()
-    project(folder, source)
-    more = {"CONKI_HEADLESS": "1"}
-    if mirror := os.environ.get("CONKI_MIRROR"):
-        more["CONKI_MIRROR"] = mirror
-    log = folder.with_suffix(".log").open("w")
+def called(folder: Path, code: str, *words: str, **more: Any) -> subprocess.Popen:
+    """Python in a copy of the project, which it imports."""
+    told = {k: os.environ[k] for k in ("CONKI_MIRROR",) if k in os.environ}
     return subprocess.Popen(
-        [sys.executable, "-c", RUNNER, json.dumps(chosen)],
-        cwd=folder, env=environment(folder, **more), stdout=subprocess.PIPE, stderr=log, text=True,
+        [sys.executable, "-c", code, *words], cwd=folder, text=True, stdout=subprocess.PIPE,
+        env=environment(folder, CONKI_HEADLESS="1", **told), **more,
     )  # fmt: skip
 
 
-def ended(process: subprocess.Popen, log: Path) -> dict:
-    """What the cases gave; an error ends the comparison."""
-    said, _ = process.communicate()
+def said(process: subprocess.Popen) -> str:
+    """The last line of what a process printed; an error ends the comparison."""
+    out, _ = process.communicate()
     if process.returncode:
-        raise RuntimeError(f"the runs failed:\n{log.read_text()[-3000:]}")
-    return json.loads(said.splitlines()[-1])
+        raise RuntimeError(f"{process.args[1:3]} failed, see above")
+    return out.splitlines()[-1]
 
 
 def compared(earlier: dict, now: dict) -> list[str]:
@@ -135,20 +132,24 @@ def compared(earlier: dict, now: dict) -> list[str]:
 
 def run(revision: str) -> dict | None:
     """Run both codes; None where they are one."""
-    facts_now, chosen = machine(), list(cases())
+    result: dict = {"earlier": "", "code": "", "machine": machine()}
     with tempfile.TemporaryDirectory() as name:
-        place = Path(name).resolve()
-        sources = {"earlier": extracted(revision, place / "commit"), "now": HERE}
-        processes = {k: started(place / k, source, chosen) for k, source in sources.items()}
-        sides = {k: ended(p, place / f"{k}.log") for k, p in processes.items()}
-    earlier, now = sides["earlier"], sides["now"]
-    if earlier["code"] == now["code"]:
-        return None
-    return {
-        "earlier": earlier["code"], "code": now["code"], "machine": facts_now,
-        "cases": {case: sorted(runs) for case, runs in now["runs"].items()},
-        "different": compared(earlier["runs"], now["runs"]),
-    }  # fmt: skip
+        place, chosen = Path(name).resolve(), json.dumps(list(cases()))
+        copies = {"earlier": place / "earlier", "code": place / "now"}
+        for side, source in (("earlier", extracted(revision, place / "commit")), ("code", HERE)):
+            copies[side].mkdir()
+            project(copies[side], source)
+            result[side] = said(called(copies[side], HASH))
+        if result["earlier"] == result["code"]:
+            return None
+        processes = [called(copy, RUNNER, chosen) for copy in copies.values()]
+        try:
+            earlier, now = (json.loads(said(process)) for process in processes)
+        finally:
+            for process in processes:
+                process.kill()
+    cases_run = {case: sorted(runs) for case, runs in now.items()}
+    return result | {"cases": cases_run, "different": compared(earlier, now)}
 
 
 def page(shown: list[dict]) -> str:
@@ -169,7 +170,9 @@ TEXT = """# Code that gives the same results
 Written by `python bench/equal_code.py` from `results/equal_code.json`. Every record names a hash of
 the code that determines results. Where a change was meant to change none, both codes ran the cases
 below side by side on one processor: metrics, history, predictions and weights of every run were
-equal to the bit. Tables then call records of the earlier code "equal", not "older".
+equal to the bit. Records of the earlier code then count as current, and are not labelled older.
+What no case is about was not shown, such as several processes (whose records therefore do not
+count) or the arithmetic of a GPU.
 
 A case is a row of the tables or a setting, on a tiny profile with all modalities; those named after
 a profile are its row `full` for one epoch at its own sizes, in fp32 (`synthetic`: its generated
@@ -201,7 +204,8 @@ def main() -> int:
             print("not equal:", *result["different"], sep="\n  ")
             return 1
         del result["different"]
-        shown.append(result)
+        pair = result["earlier"], result["code"]
+        shown = [one for one in shown if (one["earlier"], one["code"]) != pair] + [result]
         write_text(SHOWN, json.dumps(shown, indent=1) + "\n")
     write_text(PAGE, page(shown).rstrip() + "\n")
     return 0

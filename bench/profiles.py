@@ -1,19 +1,23 @@
 """How long the two README commands' work takes: `make reproduce`, and one run of mosi-open.
 
-    python bench/profiles.py           # ten minutes on an idle machine
-    python bench/profiles.py --page    # the page from the committed results
+    python bench/profiles.py            # ten minutes on an idle machine, or half an hour
+    python bench/profiles.py --steps    # seconds of a step in bf16 and in fp32, nothing written
+    python bench/profiles.py --page     # the page from the committed results
 
 In a copy of the project, from nothing (no corpora, no runs): the whole pipeline of the default
 profile, with the time of every job from Snakemake's log; then `conki train` of both stages of
 mosi-open, whose corpora are fetched before, as the network is not what is measured. Offline,
-CONKI_MIRROR names a folder with the published files; without either, mosi-open is left out. Writes
-results/bench/profiles.json and docs/benchmarks/profiles.md.
+CONKI_MIRROR names a folder with the published files; without either, mosi-open is left out. Last, a
+step of stage 2 in bf16 and in fp32, in turns: what `precision: auto` chooses between. Writes
+results/bench/profiles.json, with one measurement for each precision that auto has meant, and
+docs/benchmarks/profiles.md.
 """
 
 import argparse
 import json
 import os
 import re
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -23,6 +27,9 @@ from pathlib import Path
 
 from faults import copied, isolated
 from report import facts, machine, publish, published
+
+from conki_lib.config import RuntimeConfig
+from conki_lib.fitting import chosen_precision
 
 COPIED = ("Snakefile", "profiles", "conki_lib", "notebooks", "configs", "docs", "results")
 ASKED = {"reproduce": 240, "mosi-open": 360}  # seconds, on two cores
@@ -63,14 +70,48 @@ def jobs(said: str) -> list[dict]:
     return found
 
 
+def steps(turns: int = 3) -> dict[str, float]:
+    """Seconds of a step of stage 2 of the default profile, in each precision; they take turns."""
+    import torch
+
+    from conki_lib import ablation, fitting, training
+    from conki_lib.model import build_model
+
+    config, stores = training.resolve(ablation.configure("synthetic"))
+    store = stores[config.data.target]
+    loader = training.make_loaders(config, store, config.stage2, splits=("train",))["train"]
+    batches = sorted(loader, key=lambda batch: sum(int(x.sum()) for x in batch.lengths.values()))
+    batch, objective = batches[len(batches) // 2], training.Objective(config.contrast)
+    model = build_model(config.model).train()
+    optimizer = fitting.make_optimizer(model, config.stage2)
+    spent: dict[str, list[float]] = {"bf16": [], "fp32": []}
+    for turn in range(turns + 1):  # the first is not counted
+        for name, seconds in spent.items():
+            start = time.perf_counter()
+            with fitting.precision(name):
+                optimizer.zero_grad()
+                objective(model(batch), batch.y)["loss"].backward()
+                optimizer.step()
+            seconds += [time.perf_counter() - start] * (turn > 0)
+    return {name: statistics.median(x) for name, x in spent.items()} | {
+        "threads": torch.get_num_threads()
+    }
+
+
 def run() -> dict:
-    """Both measurements."""
-    result: dict = {"machine": machine(), "cores": CORES}
+    """All measurements."""
+    automatic = chosen_precision(RuntimeConfig(precision="auto"))
+    result: dict = {"machine": machine(), "precision": automatic, "cores": CORES}
     with tempfile.TemporaryDirectory() as name:
         folder = copied(Path(name).resolve(), COPIED)
         seconds, said = timed(folder, "pipeline", "--cores", str(CORES))
         result["reproduce"] = {"seconds": seconds, "jobs": jobs(said)}
         print(json.dumps(result, indent=1), flush=True)
+        command = [sys.executable, str(Path(__file__).resolve()), "--steps"]
+        done = subprocess.run(
+            command, cwd=folder, env=isolated(folder), stdout=subprocess.PIPE, check=True
+        )
+        result["step"] = json.loads(done.stdout.splitlines()[-1])
         try:
             for corpus in (MOSI, "meld-text"):
                 timed(folder, "fetch", corpus)
@@ -92,8 +133,13 @@ def stages(folder: Path) -> dict[str, float]:
     return found
 
 
-def page(result: dict) -> str:
-    """The page of the benchmark; every number in it comes from the result."""
+def page(measured: list[dict]) -> str:
+    """The page of the benchmark; every number in it comes from the results."""
+    return PAGE.format(parts="\n".join(map(part, measured)))
+
+
+def part(result: dict) -> str:
+    """What was measured on one machine."""
     whole = {name: result[name]["seconds"] for name in ASKED if name in result}
     asked = "\n".join(
         f"| {name} | {ASKED[name]} s | {seconds:.0f} s | "
@@ -109,9 +155,14 @@ def page(result: dict) -> str:
     )
     stages_of = result.get(MOSI, {}).get("stages", {})
     told = ", ".join(f"{name} {seconds:.0f} s" for name, seconds in sorted(stages_of.items()))
-    return PAGE.format(
-        facts=facts(result), asked=asked, shares=shares, spent=f"{spent:.0f}",
-        cores=result["cores"], told=told or "not measured",
+    step = result.get("step")
+    words = "not measured"
+    if step:
+        words = "{bf16:.2f} s in bf16, {fp32:.2f} s in fp32".format(**step)
+        words += f" ({step['bf16'] / step['fp32']:.1f} to 1, {step['threads']} threads)"
+    return PART.format(
+        facts=facts(result), asked=asked, shares=shares, spent=f"{spent:.0f}", step=words,
+        cores=result["cores"], told=told or "not measured", precision=result["precision"],
     )  # fmt: skip
 
 
@@ -120,7 +171,13 @@ PAGE = """# The default profiles, from nothing
 Written by `python bench/profiles.py`; every number below comes from `results/bench/profiles.json`.
 `reproduce`: what `make reproduce` does once everything is installed, in a copy without corpora and
 runs: both corpora are generated, three models trained in two stages, all notebooks executed.
-`mosi-open`: `conki train --profile mosi-open`, both stages, corpora fetched before. {cores} cores.
+`mosi-open`: `conki train --profile mosi-open`, both stages, corpora fetched before. Seconds of jobs
+are by the clock, from Snakemake's log; jobs run side by side, so they add up to more than the
+whole. Each begins with a new Python process, most with a kernel. Where a machine's runs end in
+other digits than the committed ones, notebooks 05 and 06 measure anew what else they show as kept.
+
+{parts}"""
+PART = """## Trained in {precision}
 
 {facts}
 
@@ -128,15 +185,11 @@ runs: both corpora are generated, three models trained in two stages, all notebo
 |---|---:|---:|---|
 {asked}
 
-The two stages of the run of mosi-open, as its records say (stage 2 counts from the start of the
-command, stage 1 included): {told}.
+{cores} cores. Stages of the run of mosi-open, as its records say (stage 2 counts from the start of
+the command, stage 1 included): {told}. A step of stage 2 of `synthetic`:
+{step}.
 
-## Where the time of `reproduce` goes
-
-Seconds of each job by the clock, from Snakemake's log; {cores} jobs run side by side, so they add
-up to more than the whole ({spent} s). Each begins with a new Python process, most with a kernel.
-
-| job | seconds | share |
+| job of `reproduce` | seconds | share of {spent} s |
 |---|---:|---:|
 {shares}
 """
@@ -146,10 +199,18 @@ def main() -> None:
     """Run everything and write the page."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--page", action="store_true", help="the page from the results")
+    parser.add_argument("--steps", action="store_true", help="steps in both precisions alone")
     given = parser.parse_args()
-    result = published("profiles") if given.page else run()
-    publish("profiles", result, page(result))
-    print(page(result))
+    if given.steps:
+        print(json.dumps(steps()))
+        return
+    measured = published("profiles")["measured"]
+    if not given.page:
+        result = run()
+        others = [one for one in measured if one["precision"] != result["precision"]]
+        measured = sorted([*others, result], key=lambda one: one["precision"])
+    publish("profiles", {"measured": measured}, page(measured))
+    print(page(measured))
 
 
 if __name__ == "__main__":

@@ -257,7 +257,7 @@ def run_table(records: Iterable[Record]) -> pd.DataFrame:
     """One line per run: variant, group, seed, key, code, device, epoch, seconds, test metrics."""
     lines = [
         {"variant": r.variant, "group": variant(r.variant).group, "seed": r.seed, "key": r.key,
-         "code": r.age,
+         "code": "current" if r.is_current else "older",
          "device": r.provenance.get("device", ""), "epoch": r.best_epoch,
          "seconds": r.provenance.get("seconds"), **r.metrics.get("test", {})}
         for r in records

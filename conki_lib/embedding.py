@@ -23,7 +23,7 @@ from conki_lib.metrics import mosi_metrics, sims_metrics
 from conki_lib.model import build_model, injected_state, load_injected
 from conki_lib.pairs import pair_masks, sentiment_class
 from conki_lib.probes import ridge_probe
-from conki_lib.records import Record, config_keys, local_records
+from conki_lib.records import Record, config_key, local_records
 
 MOMENTS = ("before training", "after stage 1", "after stage 2")
 METHODS = ("t-SNE", "UMAP")
@@ -79,8 +79,8 @@ def models_along(record: Record) -> Iterator[tuple[str, nn.Module]]:
     set_seed(config.runtime.seed)
     model = build_model(config.model)
     yield MOMENTS[0], model
-    keys = config_keys(config, 1)
-    found = [r for r in local_records(record.profile) if r.stage == 1 and r.config_key in keys
+    key = config_key(config, 1)
+    found = [r for r in local_records(record.profile) if r.stage == 1 and r.config_key == key
              and r.model_path]  # fmt: skip
     if config.data.external is not None and found:
         state = injected_state(training.load_model(max(found, key=lambda r: r.is_current)))

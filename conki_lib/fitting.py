@@ -4,6 +4,7 @@ import contextlib
 import json
 import math
 import os
+import platform
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -38,8 +39,8 @@ _GO_ON = (
     "free some space, or move the runs and name their folder by CONKI_RUNS, and start again: the "
     "run goes on from its last complete checkpoint"
 )
-# that processes wait for one of them, which may wait for another run's stage 1
-_WAITING = timedelta(days=7)
+# processes wait so long for one of them, which may wait for another run's stage 1
+_WAITING = timedelta(days=1)
 # of an output, the truth and the share (see `_share`)
 Criterion = Callable[[Output, Tensor, float], dict[str, Tensor]]
 
@@ -336,28 +337,30 @@ def is_main() -> bool:
 # ---- precision and progress ---------------------------------------------------------------------
 
 
-def chosen_precision(name: Precision, device: torch.device | str) -> Precision:
-    """What ``precision: auto`` means on a device: bf16 where it has instructions for that.
+def chosen_precision(runtime: RuntimeConfig) -> Precision:
+    """What ``precision: auto`` means here: bf16 where the device has instructions for it.
 
     A processor that has none computes bf16 many times more slowly than fp32.
     """
-    if name != "auto":
-        return name
-    if torch.device(device).type == "cuda":
+    if runtime.precision != "auto":
+        return runtime.precision
+    if runtime.device != "cpu" and torch.cuda.is_available():
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32-fast"
-    return "bf16" if torch.ops.mkldnn._is_mkldnn_bf16_supported() else "fp32"
+    if platform.machine().lower() in ("x86_64", "amd64"):
+        has = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    else:
+        has = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return "bf16" if has else "fp32"
 
 
 @contextlib.contextmanager
-def precision(name: Precision, device: torch.device | str = "cpu") -> Iterator[None]:
+def precision(name: str, device: torch.device | str = "cpu") -> Iterator[None]:
     """Set how matrix products are computed on a device, and put it back after.
 
     fp32: full single precision. fp32-fast: oneDNN on a CPU (checked: still single precision),
     TF32 on a GPU. bf16: autocast to bfloat16; losses and norms stay in fp32. On a CPU attention is
     then the plain one: the fused one is far slower on its way back through short sequences.
-    auto: see `chosen_precision`.
     """
-    name = chosen_precision(name, device)
     before = torch.get_float32_matmul_precision()
     gpu = torch.device(device).type == "cuda"
     torch.set_float32_matmul_precision({"fp32": "highest"}.get(name, "high" if gpu else "medium"))

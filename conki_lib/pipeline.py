@@ -20,11 +20,13 @@ from typing import NoReturn
 import pandas as pd
 
 from conki_lib import anew
-from conki_lib.config import ROOT, RunConfig, read_profile
+from conki_lib.config import ROOT, RunConfig, RuntimeConfig, read_profile
 from conki_lib.disk import explained
 from conki_lib.records import (
+    EQUAL_CODE,
+    answers,
     committed_records,
-    config_keys,
+    config_key,
     load_records,
     local_records,
     provenance,
@@ -110,7 +112,9 @@ def is_finished(config: RunConfig, stage: int) -> bool:
             data[name] = backbone_fingerprint(name)
     except FileNotFoundError:
         return False  # no data yet, or no backbone
-    return (run_folder(resolved, stage, data) / "record.json").is_file()
+    widths = resolved.model.widths
+    runs = (run_folder(answer.replace(widths=widths), stage, data) for answer in answers(config))
+    return any((folder / "record.json").is_file() for folder in runs)
 
 
 def is_committed(config: RunConfig, stage: int) -> bool:
@@ -118,7 +122,7 @@ def is_committed(config: RunConfig, stage: int) -> bool:
 
     The data need not be here; those that `conki fetch` brings are pinned by checksums.
     """
-    wanted = config_keys(config, stage)
+    wanted = {config_key(answer, stage) for answer in answers(config)}
     committed = committed_records(config.profile)
     return any(r.config_key in wanted and r.is_current for r in committed)
 
@@ -135,7 +139,7 @@ def sources(profile: str) -> dict[str, str]:
     digest = hashlib.sha256()
     base = RunConfig.from_profile(profile)
     files = [*sorted((ROOT / "conki_lib").rglob("*.py")), ROOT / "docs" / "audit.yml"]
-    files += sorted((ROOT / "results" / "reported").glob("*.csv"))
+    files += [EQUAL_CODE, *sorted((ROOT / "results" / "reported").glob("*.csv"))]
     for path in files:
         digest.update(path.read_bytes() if path.is_file() else b"")
     for path in sorted((ROOT / "notebooks").glob("*.ipynb")):
@@ -354,7 +358,7 @@ def summary(profile: str) -> tuple[pd.DataFrame, list[str]]:
     rows = [
         {"variant": r.variant, "fold": r.fold, "seed": r.seed, "epoch": r.best_epoch}
         | {name: round(value, 4) for name, value in r.metrics.get("test", {}).items()}
-        | {"code": r.age}
+        | {"code": "current" if r.is_current else "older"}
         for fold in sorted({record.fold for record in load_records(profile)})
         for r in runs_of(profile, fold=fold)
     ]
@@ -372,11 +376,11 @@ def machine() -> dict[str, str]:
     from conki_lib.fitting import chosen_precision
 
     if torch.cuda.is_available():
-        kind, device = "cuda", torch.cuda.get_device_name()
+        device = torch.cuda.get_device_name()
     else:
-        kind, threads = "cpu", torch.get_num_threads()
-        device = f"cpu, {threads} threads, {torch.backends.cpu.get_cpu_capability()}"
-    auto = chosen_precision("auto", kind)
+        threads, capability = torch.get_num_threads(), torch.backends.cpu.get_cpu_capability()
+        device = f"cpu, {threads} threads, {capability}"
+    auto = chosen_precision(RuntimeConfig(precision="auto"))
     bf16 = "bf16" if auto == "bf16" else "bf16 (slow: no instructions for it here)"
     return {
         **{name: str(value) for name, value in provenance()["versions"].items()},

@@ -23,7 +23,7 @@ from dataclasses import asdict, dataclass, field
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import pandas as pd
 from filelock import FileLock
@@ -35,6 +35,7 @@ RESULT_MODULES = (
     "config", "pairs", "losses", "tiles", "metrics", "encoders", "adapters", "model", "baselines",
     "states", "fitting", "training", "data/store", "data/batch",
 )  # fmt: skip
+EQUAL_CODE = ROOT / "results" / "equal_code.json"
 # how a store was made is covered by the fingerprint of the data
 PREDICTION_COLUMNS = ["fold", "variant", "seed", "split", "id", "y", "y_hat"]
 
@@ -66,15 +67,11 @@ class Record:
 
     @property
     def is_current(self) -> bool:
-        """Was the run made by the code as it stands now, or by one shown to do the same?"""
-        return self.code in current_codes()
-
-    @property
-    def age(self) -> Literal["current", "equal", "older"]:
-        """What made the run: today's code, earlier code shown to do the same, or other code."""
+        """Was the run made by the code as it stands now, or by code shown to do the same?"""
         if self.code == code_hash():
-            return "current"
-        return "equal" if self.is_current else "older"
+            return True
+        alone = self.provenance.get("processes", 1) == 1  # no more was compared
+        return alone and self.code in equal_codes()
 
     @property
     def rank(self) -> tuple[bool, bool, str]:
@@ -161,21 +158,21 @@ def code_hash() -> str:
     return _digest([[p.stem, _essence(ast.parse(p.read_text()))] for p in paths if p.is_file()])
 
 
-def current_codes() -> frozenset[str]:
-    """Hashes of today's code and of earlier code whose runs it repeats to the bit.
+def equal_codes() -> frozenset[str]:
+    """Hashes of the code as it is and of code that gave the same results, to the bit.
 
     ``results/equal_code.json`` says which: pairs of hashes, written by bench/equal_code.py after
-    it ran both on one machine.
+    it ran both on one processor.
     """
-    return _equal_to(code_hash(), ROOT / "results" / "equal_code.json")
+    return _equal_to(code_hash(), EQUAL_CODE)
 
 
 @cache
 def _equal_to(code: str, path: Path) -> frozenset[str]:
-    found = {code}
-    for shown in reversed(json.loads(path.read_text()) if path.is_file() else []):  # newest last
-        if shown["code"] in found:
-            found.add(shown["earlier"])
+    found, shown = {code}, json.loads(path.read_text()) if path.is_file() else []
+    pairs = [{pair["earlier"], pair["code"]} for pair in shown]
+    while more := [pair for pair in pairs if pair & found and not pair <= found]:
+        found = found.union(*more)
     return frozenset(found)
 
 
@@ -190,10 +187,14 @@ def config_key(config: RunConfig, stage: int) -> str:
     return _digest({"stage": stage, **identity})
 
 
-def config_keys(config: RunConfig, stage: int) -> set[str]:
-    """`config_key` in every precision, which changes rounding, never meaning."""
-    names = get_args(Precision)
-    return {config_key(config.replace(precision=name), stage) for name in names}
+def answers(config: RunConfig) -> list[RunConfig]:
+    """The configurations whose runs answer one: with ``precision: auto`` those of every precision.
+
+    What automatic means differs by machine; a finished run is not repeated for that.
+    """
+    if config.runtime.precision != "auto":
+        return [config]
+    return [config.replace(precision=name) for name in get_args(Precision)]
 
 
 def run_key(config: RunConfig, stage: int, data: dict[str, str]) -> str:
@@ -296,11 +297,11 @@ def load_records(profile: str) -> list[Record]:
 
 
 def find_record(config: RunConfig, stage: int = 2) -> Record | None:
-    """The record that answers a configuration, whatever its precision and code version.
+    """The record that answers a configuration, of any code version; `Record.is_current` tells.
 
-    Of several that which comes first by `Record.rank`; `Record.is_current` tells the version.
+    ``precision: auto`` is answered by every precision; of several the first by `Record.rank`.
     """
-    wanted = config_keys(config, stage)
+    wanted = {config_key(answer, stage) for answer in answers(config)}
     matching = [r for r in load_records(config.profile) if r.config_key in wanted]
     return max(matching, key=lambda r: r.rank, default=None)
 

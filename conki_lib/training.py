@@ -102,7 +102,7 @@ def load_model(record: Record) -> nn.Module:
 
 
 def resolve(config: RunConfig) -> tuple[RunConfig, dict[str, FeatureStore]]:
-    """Open a run's corpora and fill in what follows from them: the input widths.
+    """Open a run's corpora; fill in what follows from them, the input widths, and the precision.
 
     Raises:
         FileNotFoundError: a corpus is missing; says how to get it.
@@ -119,7 +119,7 @@ def resolve(config: RunConfig) -> tuple[RunConfig, dict[str, FeatureStore]]:
     if config.data.external is not None:
         stores[config.data.external] = open_store(corpus_path(config.data.external))
     widths = {name: dict(store.info.widths) for name, store in stores.items()}
-    return config.replace(widths=widths), stores
+    return config.replace(widths=widths, precision=chosen_precision(config.runtime)), stores
 
 
 def shared_modalities(config: RunConfig, external: FeatureStore) -> tuple[str, ...]:
@@ -230,7 +230,7 @@ def _state_readers(model: nn.Module, config: RunConfig, store: FeatureStore, loa
                 "modalities": config.model.modalities if random else None,
                 "layers": model.plugged(m),
                 "seed": config.runtime.seed if random else None,
-                "precision": chosen_precision(config.runtime.precision, device),
+                "precision": config.runtime.precision,
                 "device": device_name(device),
                 "weights": weights,  # which of them are missing decides what is drawn next
             }  # fmt: skip
@@ -248,7 +248,7 @@ def _record(config, used, stage, folder, data, metrics, best, history) -> Record
         "device": device_name(accelerator.device),
         "processes": accelerator.num_processes,
         "threads": torch.get_num_threads(),
-        "precision": chosen_precision(config.runtime.precision, accelerator.device),
+        "precision": config.runtime.precision,
         "epoch_seconds": [round(h.pop("seconds"), 2) for h in history],
     }
     return Record(

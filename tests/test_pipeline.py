@@ -103,24 +103,26 @@ def test_committed_is_what_a_record_by_todays_code_answers(tmp_path, monkeypatch
     assert not pipeline.is_committed(config, 2)
     commit(records.code_hash())
     assert pipeline.is_committed(config, 2)
-    assert pipeline.is_committed(config.replace(precision="auto"), 2)  # rounding, not meaning
+    assert pipeline.is_committed(config.replace(precision="auto"), 2)
+    assert not pipeline.is_committed(config.replace(precision="bf16"), 2)
     assert not pipeline.is_committed(config.replace(lam=0.5), 2)
     assert not pipeline.is_committed(config, 1)
 
 
 def test_a_record_by_code_shown_to_do_the_same_answers(tmp_path, monkeypatch):
-    monkeypatch.setattr(records, "ROOT", tmp_path)
-    shown = [("a", "b"), ("x", "y"), ("b", records.code_hash()), ("c", "a")]
-    steps = [{"earlier": earlier, "code": code} for earlier, code in shown]
-    records.write_text(tmp_path / "results/equal_code.json", json.dumps(steps))
+    pairs = [("a", "b"), ("x", "y"), ("b", records.code_hash()), ("c", "a")]
+    shown = [{"earlier": earlier, "code": code} for earlier, code in pairs]
+    path = records.write_text(tmp_path / "equal_code.json", json.dumps(shown))
+    monkeypatch.setattr(records, "EQUAL_CODE", path)
     record = records.Record(
         stage=2, profile="p", variant="full", fold="standard", seed=0, key="k", config_key="",
-        settings={}, data={}, code="a", metrics={}, best_epoch=1, history=[],
+        settings={}, data={}, code="", metrics={}, best_epoch=1, history=[],
     )  # fmt: skip
-    ages = {code: replace(record, code=code).age for code in ("a", "b", "x", "c")}
-    # what was shown of "a" later does not count: the steps are in the order of time
-    assert ages == {"a": "equal", "b": "equal", "x": "older", "c": "older"}
-    assert replace(record, code=records.code_hash()).age == "current"
+    codes = (*"abcxy", records.code_hash())
+    assert [replace(record, code=c).is_current for c in codes] == 3 * [True] + 2 * [False] + [True]
+    # of several processes nothing was shown
+    together = replace(record, code="a", provenance={"processes": 2})
+    assert not together.is_current and replace(together, code=records.code_hash()).is_current
 
 
 def test_a_damaged_record_is_named_with_its_line(tmp_path, monkeypatch):

@@ -16,8 +16,8 @@ import torch
 from filelock import FileLock, Timeout
 from safetensors.torch import load_file, save_file
 
-from conki_lib import fitting, records, states, training
-from conki_lib.config import RunConfig
+from conki_lib import fitting, pipeline, records, states, training
+from conki_lib.config import RunConfig, RuntimeConfig
 from conki_lib.data import open_store
 from conki_lib.model import build_model
 
@@ -323,19 +323,40 @@ def test_bf16_learns_what_fp32_learns(world):
     np.testing.assert_allclose(curves["bf16"], curves["fp32"], rtol=0.15)
 
 
-def test_automatic_precision_is_what_the_device_has_instructions_for(world, monkeypatch):
-    for has, name in ((True, "bf16"), (False, "fp32")):
-        monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda has=has: has)
-        assert fitting.chosen_precision("auto", "cpu") == name
-        with fitting.precision("auto"):
-            assert torch.is_autocast_enabled("cpu") == has
-    for has, name in ((True, "bf16"), (False, "fp32-fast")):
-        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda has=has, **_: has)
-        assert fitting.chosen_precision("auto", "cuda") == name
-    assert fitting.chosen_precision("fp32", "cpu") == "fp32"
-    record = training.fine_tune(world.replace(precision="auto", external=None, epochs=1))
-    assert record.settings["precision"] == "auto" and record.provenance["precision"] == "fp32"
-    assert records.find_record(world.replace(external=None, epochs=1)) == record
+@pytest.mark.parametrize(
+    ("machine", "has", "name"),
+    [("x86_64", "avx512", "bf16"), ("AMD64", "amx", "bf16"), ("x86_64", "mkldnn", "fp32"),
+     ("arm64", "mkldnn", "bf16"), ("arm64", "avx512", "fp32"), ("x86_64", "cuda", "bf16")],
+)  # fmt: skip
+def test_automatic_precision_is_bf16_where_there_are_instructions(machine, has, name, monkeypatch):
+    runtime = RuntimeConfig(precision="auto")
+    for place, ask, kind in (
+        (torch.cpu, "_is_avx512_bf16_supported", "avx512"),
+        (torch.cpu, "_is_amx_tile_supported", "amx"),
+        (torch.ops.mkldnn, "_is_mkldnn_bf16_supported", "mkldnn"),  # also true where emulated
+        (torch.cuda, "is_available", "cuda"),
+    ):
+        monkeypatch.setattr(place, ask, lambda kind=kind: kind == has)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: True)
+    monkeypatch.setattr(fitting.platform, "machine", lambda: machine)
+    assert fitting.chosen_precision(runtime) == name
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: False)
+    old = fitting.chosen_precision(runtime)
+    assert old == ("fp32-fast" if has == "cuda" else name)
+    assert fitting.chosen_precision(RuntimeConfig(precision="bf16")) == "bf16"
+
+
+def test_records_name_the_precision_that_was_chosen(world, monkeypatch):
+    automatic = world.replace(precision="auto", external=None, epochs=1)
+    monkeypatch.setattr(training, "chosen_precision", lambda runtime: "fp32")
+    record = training.fine_tune(automatic)
+    assert record.settings["precision"] == "fp32"
+    assert training.fine_tune(automatic.replace(precision="fp32")).folder == record.folder
+    # where automatic means something else, the run is known too: it is not repeated for that
+    monkeypatch.setattr(training, "chosen_precision", lambda runtime: "bf16")
+    assert records.find_record(automatic) == record and pipeline.is_finished(automatic, 2)
+    other = automatic.replace(precision="bf16")
+    assert records.find_record(other) is None and not pipeline.is_finished(other, 2)
 
 
 def test_precision_is_put_back():
