@@ -171,8 +171,8 @@ Written by `python bench/equal_code.py` from `results/equal_code.json`. Every re
 the code that determines results. Where a change was meant to change none, both codes ran the cases
 below side by side on one processor: metrics, history, predictions and weights of every run were
 equal to the bit. Records of the earlier code then count as current, and are not labelled older.
-What no case is about was not shown, such as several processes (whose records therefore do not
-count) or the arithmetic of a GPU.
+What no case is about was not shown: records of several processes do not count; those of one GPU do,
+though no GPU was compared.
 
 A case is a row of the tables or a setting, on a tiny profile with all modalities; those named after
 a profile are its row `full` for one epoch at its own sizes, in fp32 (`synthetic`: its generated

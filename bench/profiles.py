@@ -174,7 +174,8 @@ runs: both corpora are generated, three models trained in two stages, all notebo
 `mosi-open`: `conki train --profile mosi-open`, both stages, corpora fetched before. Seconds of jobs
 are by the clock, from Snakemake's log; jobs run side by side, so they add up to more than the
 whole. Each begins with a new Python process, most with a kernel. Where a machine's runs end in
-other digits than the committed ones, notebooks 05 and 06 measure anew what else they show as kept.
+other digits than the committed ones, or are of another precision, notebooks 05 and 06 measure anew
+what else they show as kept.
 
 {parts}"""
 PART = """## Trained in {precision}

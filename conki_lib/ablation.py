@@ -254,12 +254,12 @@ def _is_a_row(record: Record) -> bool:
 
 
 def run_table(records: Iterable[Record]) -> pd.DataFrame:
-    """One line per run: variant, group, seed, key, code, device, epoch, seconds, test metrics."""
+    """One line per run: variant, group, seed, key, what made it, epoch, seconds, test metrics."""
     lines = [
         {"variant": r.variant, "group": variant(r.variant).group, "seed": r.seed, "key": r.key,
          "code": "current" if r.is_current else "older",
-         "device": r.provenance.get("device", ""), "epoch": r.best_epoch,
-         "seconds": r.provenance.get("seconds"), **r.metrics.get("test", {})}
+         "device": r.provenance.get("device", ""), "precision": r.settings["precision"],
+         "epoch": r.best_epoch, "seconds": r.provenance.get("seconds"), **r.metrics.get("test", {})}
         for r in records
     ]  # fmt: skip
     return pd.DataFrame(lines)

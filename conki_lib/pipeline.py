@@ -112,9 +112,8 @@ def is_finished(config: RunConfig, stage: int) -> bool:
             data[name] = backbone_fingerprint(name)
     except FileNotFoundError:
         return False  # no data yet, or no backbone
-    widths = resolved.model.widths
-    runs = (run_folder(answer.replace(widths=widths), stage, data) for answer in answers(config))
-    return any((folder / "record.json").is_file() for folder in runs)
+    folders = (run_folder(answer, stage, data) for answer in answers(config))
+    return any((folder / "record.json").is_file() for folder in folders)
 
 
 def is_committed(config: RunConfig, stage: int) -> bool:
@@ -358,7 +357,7 @@ def summary(profile: str) -> tuple[pd.DataFrame, list[str]]:
     rows = [
         {"variant": r.variant, "fold": r.fold, "seed": r.seed, "epoch": r.best_epoch}
         | {name: round(value, 4) for name, value in r.metrics.get("test", {}).items()}
-        | {"code": "current" if r.is_current else "older"}
+        | {"precision": r.settings["precision"], "code": "current" if r.is_current else "older"}
         for fold in sorted({record.fold for record in load_records(profile)})
         for r in runs_of(profile, fold=fold)
     ]

@@ -19,7 +19,7 @@ import subprocess
 import sys
 import uuid
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -35,8 +35,8 @@ RESULT_MODULES = (
     "config", "pairs", "losses", "tiles", "metrics", "encoders", "adapters", "model", "baselines",
     "states", "fitting", "training", "data/store", "data/batch",
 )  # fmt: skip
-EQUAL_CODE = ROOT / "results" / "equal_code.json"
 # how a store was made is covered by the fingerprint of the data
+EQUAL_CODE = ROOT / "results" / "equal_code.json"
 PREDICTION_COLUMNS = ["fold", "variant", "seed", "split", "id", "y", "y_hat"]
 
 
@@ -72,6 +72,11 @@ class Record:
             return True
         alone = self.provenance.get("processes", 1) == 1  # no more was compared
         return alone and self.code in equal_codes()
+
+    def repeats(self, other: "Record") -> bool:
+        """Did an equal configuration give the same again, be it by code shown to do the same?"""
+        same = ("config_key", "metrics", "best_epoch", "history")
+        return other.is_current and all(getattr(self, x) == getattr(other, x) for x in same)
 
     @property
     def rank(self) -> tuple[bool, bool, str]:
@@ -190,7 +195,7 @@ def config_key(config: RunConfig, stage: int) -> str:
 def answers(config: RunConfig) -> list[RunConfig]:
     """The configurations whose runs answer one: with ``precision: auto`` those of every precision.
 
-    What automatic means differs by machine; a finished run is not repeated for that.
+    What automatic means differs by machine; the pipeline does not repeat a finished run for that.
     """
     if config.runtime.precision != "auto":
         return [config]
@@ -307,11 +312,13 @@ def find_record(config: RunConfig, stage: int = 2) -> Record | None:
 
 
 def _best(records: list[Record]) -> list[Record]:
+    """One per configuration, see `Record.rank`; one that repeats another lends it its folder."""
     best: dict[str, Record] = {}
     for record in records:
         held = best.get(record.config_key)
         if held is None or record.rank >= held.rank:
-            best[record.config_key] = record
+            again = held is not None and record.folder and record.repeats(held)
+            best[record.config_key] = replace(held, folder=record.folder) if again else record
     return sorted(best.values(), key=lambda r: (r.stage, r.variant, r.fold, r.seed, r.config_key))
 
 
@@ -341,10 +348,9 @@ def merge(profile: str) -> Path:
 
 
 def _merge_records(path: Path, committed: list[Record], local: list[Record]) -> list[Record]:
-    """Write the best of all; where equal, as committed: a rerun leaves the file as it was."""
-    kept, held = _best([*committed, *local]), {r.key: r for r in committed}
-    written = [held[r.key] if held.get(r.key) == r else r for r in kept]
-    write_text(path, "".join(r.to_json() + "\n" for r in written))
+    """Write the best of all; a run that only repeats a committed one leaves the file as it was."""
+    kept = _best([*committed, *local])
+    write_text(path, "".join(r.to_json() + "\n" for r in kept))
     return kept
 
 

@@ -152,6 +152,12 @@ def test_older_code_is_accepted_and_labelled(held):
     assert table.loc[0, ["code", "mae", "group"]].tolist() == ["older", 0.5, "components"]
 
 
+def test_runs_name_the_precision_that_they_were_made_in(held):
+    held(record(precision="bf16"), record(seed=1, precision="fp32"))
+    table = ablation.run_table(ablation.runs_of("synthetic"))
+    assert table["precision"].tolist() == ["bf16", "fp32"]
+
+
 def test_rows_that_are_no_more_are_left_out(held):
     gone = record()
     held(Record(**{**gone.__dict__, "settings": {**gone.settings, "gone": 1}}))

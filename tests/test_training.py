@@ -301,6 +301,29 @@ def test_an_equal_run_leaves_the_committed_record_and_another_replaces_it(
     assert {r.code for r in records.committed_records("tiny")} == {"tomorrow"}
 
 
+def test_a_run_by_code_shown_to_do_the_same_repeats_the_committed_one(world, tmp_path, monkeypatch):
+    world = world.replace(external=None)
+    made, path = training.fine_tune(world), records.merge("tiny")
+    predictions = records.results_dir("tiny") / "predictions.parquet"
+    before = path.read_bytes(), predictions.read_bytes()
+    pairs = [{"earlier": made.code, "code": "tomorrow"}]
+    shown = records.write_text(tmp_path / "equal_code.json", json.dumps(pairs))
+    monkeypatch.setattr(records, "EQUAL_CODE", shown)
+    monkeypatch.setattr(records, "code_hash", lambda: "tomorrow")
+    again = training.fine_tune(world)
+    assert again.key != made.key and again.folder != made.folder
+    monkeypatch.setenv("CONKI_RUNS", str(tmp_path / "elsewhere"))
+    shutil.copytree(again.folder, records.runs_dir("tiny") / again.folder.name)
+    records.merge("tiny")
+    assert (path.read_bytes(), predictions.read_bytes()) == before
+    (found,) = records.load_records("tiny")  # the committed one, its weights here
+    assert found.key == made.key and found.model_path.parent.name == again.folder.name
+    again = records.runs_dir("tiny") / again.folder.name / "record.json"
+    again.write_text(again.read_text().replace('"best_epoch": ', '"best_epoch": 1'))
+    (found,) = records.load_records("tiny")
+    assert found.code == "tomorrow"  # what gave something else is a run of its own
+
+
 def test_learning_rates_rise_and_fall():
     plan = RunConfig(epochs=4, warmup_epochs=1.0).stage2
     factor = fitting.learning_rate_factor(plan, steps=10)
