@@ -258,7 +258,7 @@ def run_table(records: Iterable[Record]) -> pd.DataFrame:
     lines = [
         {"variant": r.variant, "group": variant(r.variant).group, "seed": r.seed, "key": r.key,
          "code": "current" if r.is_current else "older",
-         "device": r.provenance.get("device", ""), "precision": r.settings["precision"],
+         "device": r.provenance.get("device", ""), "precision": r.settings.get("precision", ""),
          "epoch": r.best_epoch, "seconds": r.provenance.get("seconds"), **r.metrics.get("test", {})}
         for r in records
     ]  # fmt: skip

@@ -357,7 +357,10 @@ def summary(profile: str) -> tuple[pd.DataFrame, list[str]]:
     rows = [
         {"variant": r.variant, "fold": r.fold, "seed": r.seed, "epoch": r.best_epoch}
         | {name: round(value, 4) for name, value in r.metrics.get("test", {}).items()}
-        | {"precision": r.settings["precision"], "code": "current" if r.is_current else "older"}
+        | {
+            "precision": r.settings.get("precision", ""),
+            "code": "current" if r.is_current else "older",
+        }
         for fold in sorted({record.fold for record in load_records(profile)})
         for r in runs_of(profile, fold=fold)
     ]
