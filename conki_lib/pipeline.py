@@ -356,11 +356,9 @@ def summary(profile: str) -> tuple[pd.DataFrame, list[str]]:
     read_profile(profile)
     rows = [
         {"variant": r.variant, "fold": r.fold, "seed": r.seed, "epoch": r.best_epoch}
+        | {"precision": r.settings.get("precision", "")}
         | {name: round(value, 4) for name, value in r.metrics.get("test", {}).items()}
-        | {
-            "precision": r.settings.get("precision", ""),
-            "code": "current" if r.is_current else "older",
-        }
+        | {"code": "current" if r.is_current else "older"}
         for fold in sorted({record.fold for record in load_records(profile)})
         for r in runs_of(profile, fold=fold)
     ]
