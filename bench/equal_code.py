@@ -21,15 +21,13 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from faults import PROFILE, environment, project
 from report import HERE, facts, machine
 
 from conki_lib.pipeline import parse_rows
-from conki_lib.records import write_text
+from conki_lib.records import EQUAL_CODE, write_text
 
-SHOWN = HERE / "results/equal_code.json"
 PAGE = HERE / "docs/benchmarks/equal_code.md"
 OPEN = ("synthetic", "mosi-open", "mmmo-open")
 ONE_EPOCH = {"epochs": 1, "stage1_epochs": 1, "precision": "fp32", "device": "cpu"}
@@ -101,12 +99,12 @@ def extracted(revision: str, folder: Path) -> Path:
     return folder
 
 
-def called(folder: Path, code: str, *words: str, **more: Any) -> subprocess.Popen:
+def called(folder: Path, code: str, *words: str) -> subprocess.Popen:
     """Python in a copy of the project, which it imports."""
     told = {k: os.environ[k] for k in ("CONKI_MIRROR",) if k in os.environ}
     return subprocess.Popen(
         [sys.executable, "-c", code, *words], cwd=folder, text=True, stdout=subprocess.PIPE,
-        env=environment(folder, CONKI_HEADLESS="1", **told), **more,
+        env=environment(folder, CONKI_HEADLESS="1", **told),
     )  # fmt: skip
 
 
@@ -120,13 +118,15 @@ def said(process: subprocess.Popen) -> str:
 
 def compared(earlier: dict, now: dict) -> list[str]:
     """Where two outcomes differ: case, run and what of it."""
+    sides = [
+        {(case, run): found for case, runs in side.items() for run, found in runs.items()}
+        for side in (earlier, now)
+    ]
     return [
         f"{case}, {run}: {what}"
-        for case in sorted({*earlier, *now})
-        for run in sorted({*earlier.get(case, {}), *now.get(case, {})})
+        for case, run in sorted({*sides[0], *sides[1]})
         for what in ("metrics", "history", "best epoch", "predictions", "weights")
-        if (earlier.get(case, {}).get(run) or {}).get(what)
-        != (now.get(case, {}).get(run) or {}).get(what)
+        if len({repr(side.get((case, run), {}).get(what)) for side in sides}) > 1
     ]
 
 
@@ -194,7 +194,7 @@ def main() -> int:
     parser.add_argument("--against", default="HEAD", help="commit with the earlier code")
     parser.add_argument("--page", action="store_true", help="the page from the committed results")
     given = parser.parse_args()
-    shown = json.loads(SHOWN.read_text()) if SHOWN.is_file() else []
+    shown = json.loads(EQUAL_CODE.read_text()) if EQUAL_CODE.is_file() else []
     if not given.page:
         result = run(given.against)
         if result is None:
@@ -206,7 +206,7 @@ def main() -> int:
         del result["different"]
         pair = result["earlier"], result["code"]
         shown = [one for one in shown if (one["earlier"], one["code"]) != pair] + [result]
-        write_text(SHOWN, json.dumps(shown, indent=1) + "\n")
+        write_text(EQUAL_CODE, json.dumps(shown, indent=1) + "\n")
     write_text(PAGE, page(shown).rstrip() + "\n")
     return 0
 

@@ -31,12 +31,12 @@ from filelock import FileLock
 from conki_lib.config import ROOT, Precision, RunConfig
 from conki_lib.disk import explained
 
+# what determines results; how a store was made is covered by the fingerprint of the data
 RESULT_MODULES = (
     "config", "pairs", "losses", "tiles", "metrics", "encoders", "adapters", "model", "baselines",
     "states", "fitting", "training", "data/store", "data/batch",
 )  # fmt: skip
-# how a store was made is covered by the fingerprint of the data
-EQUAL_CODE = ROOT / "results" / "equal_code.json"
+EQUAL_CODE = ROOT / "results" / "equal_code.json"  # hashes of code shown to do the same
 PREDICTION_COLUMNS = ["fold", "variant", "seed", "split", "id", "y", "y_hat"]
 
 
@@ -166,8 +166,8 @@ def code_hash() -> str:
 def equal_codes() -> frozenset[str]:
     """Hashes of the code as it is and of code that gave the same results, to the bit.
 
-    ``results/equal_code.json`` says which: pairs of hashes, written by bench/equal_code.py after
-    it ran both on one processor.
+    `EQUAL_CODE` says which: pairs of hashes, written by bench/equal_code.py after it ran both on
+    one processor.
     """
     return _equal_to(code_hash(), EQUAL_CODE)
 
