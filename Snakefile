@@ -21,6 +21,7 @@ from snakemake.exceptions import WorkflowError
 
 from conki_lib import ablation, anew, pipeline
 from conki_lib.config import ROOT, RunConfig
+from conki_lib.disk import corpus_path
 from conki_lib.records import runs_dir, slug
 
 os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # of `conki`
@@ -104,8 +105,6 @@ def needs(wildcards):
 
 def agree():
     """Make the markers say what is true; see `pipeline.agree`."""
-    from conki_lib.data.corpora import corpus_path  # loads PyTorch, which no job on a cluster needs
-
     truth = {marker("data", name): (corpus_path(name) / "info.json").is_file() for name in CORPORA}
     truth |= {marker("stage1", f"s{seed}"): is_done(
         ablation.configure(PROFILE, "full", seed), 1) for seed in STAGE_1_SEEDS}  # fmt: skip

@@ -128,7 +128,7 @@ def merge(
 def index() -> None:
     """List all figures in figures/README.md."""
     from conki_lib.config import ROOT
-    from conki_lib.plots.tables import figure_index
+    from conki_lib.plots.index import figure_index
     from conki_lib.records import results_lock, write_text
 
     with results_lock("index"):
@@ -166,7 +166,8 @@ def results(profile: Annotated[str, typer.Argument(help="configs/<profile>.yml")
 def doctor() -> None:
     """Say what is installed, which device and precision there is, and which corpora are here."""
     from conki_lib.config import ModelConfig
-    from conki_lib.data.corpora import data_root, status
+    from conki_lib.data.corpora import status
+    from conki_lib.disk import data_root
     from conki_lib.encoders import resolve_backbone
     from conki_lib.pipeline import machine
 

@@ -1,10 +1,13 @@
-"""Full, read-only and over-quota disks: one clear error in place of what each library raises."""
+"""Where corpora lie; full, read-only and over-quota disks: one clear error for what each raises."""
 
 import errno
+import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from conki_lib.config import ROOT
 
 WORDS = {
     errno.ENOSPC: "no space left",
@@ -14,6 +17,16 @@ WORDS = {
     errno.EPERM: "no permission to write",
 }
 _PROBE = 1 << 16  # bytes
+
+
+def data_root(root: Path | str | None = None) -> Path:
+    """The folder that holds all stores: `root`, else $CONKI_DATA, else ``data/`` of the project."""
+    return Path(root or os.environ.get("CONKI_DATA") or ROOT / "data")
+
+
+def corpus_path(name: str, root: Path | str | None = None) -> Path:
+    """The folder of a corpus's store, whether it is there or not."""
+    return data_root(root) / name
 
 
 class DiskError(OSError):

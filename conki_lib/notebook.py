@@ -13,16 +13,15 @@ from pathlib import Path
 from tempfile import TemporaryDirectory, gettempdir
 from typing import Any, NamedTuple
 
-import nbformat
-import papermill
 from IPython.display import Code
-from papermill.translators import PythonTranslator
 from pydantic import TypeAdapter, ValidationError
 from traitlets.config import Config
 
 from conki_lib.config import ROOT, RunConfig, near_names, read_profile, setting_names
 from conki_lib.disk import DiskError, explained, make_writable
 from conki_lib.records import in_one_step
+
+# nbformat and papermill are imported where they are used: every kernel loads this module too
 
 NOTEBOOKS = ROOT / "notebooks"
 HEADLESS = "CONKI_HEADLESS"
@@ -93,6 +92,9 @@ def notebook_parameters(notebook: str | Path) -> dict[str, Parameter]:
     Raises:
         ValueError: a declaration that papermill would lose or leave untyped.
     """
+    import nbformat
+    from papermill.translators import PythonTranslator
+
     path = find_notebook(notebook)
     try:
         cells = nbformat.read(path, as_version=4).cells
@@ -269,6 +271,8 @@ def run_notebook(
 
 
 def _execute(path: Path, values: dict[str, Any], target: Path, failed: Path) -> Path:
+    import papermill
+
     short = "/tmp" if len(gettempdir()) > 60 else None  # the name of a socket has 107 bytes at most
     aside = failed / f"{path.stem}-{datetime.now():%Y%m%d-%H%M%S}-{uuid.uuid4().hex[:6]}.ipynb"
     try:
@@ -306,6 +310,8 @@ def _execute(path: Path, values: dict[str, Any], target: Path, failed: Path) -> 
 
 def _publish(aside: Path, target: Path) -> None:
     """Move an executed notebook to its place in one step, without traces of this machine."""
+    import nbformat
+
     notebook = nbformat.read(aside, as_version=4)
     for holder in (notebook, *notebook.cells):
         holder.metadata.pop("papermill", None)

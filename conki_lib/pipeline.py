@@ -21,7 +21,7 @@ import pandas as pd
 
 from conki_lib import anew
 from conki_lib.config import ROOT, RunConfig, RuntimeConfig, read_profile
-from conki_lib.disk import explained
+from conki_lib.disk import corpus_path, explained
 from conki_lib.records import (
     EQUAL_CODE,
     answers,
@@ -91,7 +91,7 @@ def parse_folds(text: str, profile: str) -> list[str]:
     data = RunConfig.from_profile(profile).data
     folds = [part.strip() for part in text.split(",") if part.strip()] or [data.fold]
     if folds != [data.fold]:
-        from conki_lib.data import corpus_path, open_store  # loads PyTorch
+        from conki_lib.data import open_store  # loads PyTorch
 
         path = corpus_path(data.target)
         for fold in folds if (path / "info.json").is_file() else ():
@@ -101,6 +101,8 @@ def parse_folds(text: str, profile: str) -> list[str]:
 
 def is_finished(config: RunConfig, stage: int) -> bool:
     """Does the record of this run exist, for data, backbone and code as they are now?"""
+    if not any(runs_dir(config.profile).glob("*/record.json")):
+        return False  # PyTorch need not be loaded to see that
     from conki_lib.encoders import backbone_fingerprint
     from conki_lib.training import resolve
 
@@ -133,8 +135,6 @@ def sources(profile: str) -> dict[str, str]:
         Under ``"code"`` that of code, notebooks and settings; of each corpus that of its store,
         empty where there is none yet.
     """
-    from conki_lib.data.corpora import corpus_path
-
     digest = hashlib.sha256()
     base = RunConfig.from_profile(profile)
     files = [*sorted((ROOT / "conki_lib").rglob("*.py")), ROOT / "docs" / "audit.yml"]
@@ -146,10 +146,9 @@ def sources(profile: str) -> dict[str, str]:
         digest.update(json.dumps([cell["source"] for cell in cells]).encode())
     digest.update(json.dumps(base.flat(), sort_keys=True).encode())
     found = {"code": digest.hexdigest()}
-    for name in (base.data.target, base.data.external):
-        path = corpus_path(name) / "info.json" if name else None
-        if path:
-            found[name] = hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else ""
+    for name in filter(None, (base.data.target, base.data.external)):
+        path = corpus_path(name) / "info.json"
+        found[name] = hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else ""
     return found
 
 

@@ -16,8 +16,9 @@ import pytest
 import requests
 
 from conki_lib.data import corpora, open_corpora
-from conki_lib.data.corpora import CORPORA, corpus_path, data_root, fetch, status
+from conki_lib.data.corpora import CORPORA, fetch, status
 from conki_lib.data.store import FETCHABLE, open_store
+from conki_lib.disk import corpus_path, data_root
 
 
 @pytest.fixture(scope="module")

@@ -68,10 +68,10 @@ def test_rows():
 
 
 def test_finished_is_what_training_would_load(world, monkeypatch):
-    assert not pipeline.is_finished(world.replace(target="nowhere"), 2)  # no data yet
-    assert not pipeline.is_finished(world.replace(text_backbone="./nowhere"), 2)
     assert not pipeline.is_finished(world, 1)
     record = training.fine_tune(world)
+    assert not pipeline.is_finished(world.replace(target="nowhere"), 2)  # no data yet
+    assert not pipeline.is_finished(world.replace(text_backbone="./nowhere"), 2)
     assert pipeline.is_finished(world, 1) and pipeline.is_finished(world, 2)
     assert not pipeline.is_finished(world.replace(lam=0.5), 2)
     (record.folder / "record.json").unlink()

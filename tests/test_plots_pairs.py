@@ -19,11 +19,11 @@ from conki_lib.config import ROOT
 from conki_lib.pairs import REPS, SETS, pair_masks
 from conki_lib.plots import pairs as pictures
 from conki_lib.plots import plane as planes
+from conki_lib.plots.index import figure_producer
 from conki_lib.plots.style import (
     PAIR_COLORS,
     REP_COLORS,
     REP_MARKERS,
-    figure_producer,
     figures_dir,
     save_figure,
     use_style,

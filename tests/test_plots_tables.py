@@ -13,6 +13,7 @@ from conki_lib.config import ROOT  # noqa: E402
 from conki_lib.plots import embedding as maps  # noqa: E402
 from conki_lib.plots import reasons  # noqa: E402
 from conki_lib.plots import tables as plots  # noqa: E402
+from conki_lib.plots.index import figure_index  # noqa: E402
 from conki_lib.plots.style import save_figure  # noqa: E402
 
 METRICS = ["mae", "acc2_non0"]
@@ -216,7 +217,7 @@ def test_the_list_names_the_notebook_in_the_file(tmp_path):
     fig = plt.figure()
     for name, producer in (("02_x", "02_contrastive_pairs"), ("05_y", "05_ablation_table")):
         save_figure(fig, name, "toy", producer=producer, folder=tmp_path / "figures" / "toy")
-    lines = plots.figure_index(tmp_path).splitlines()
+    lines = figure_index(tmp_path).splitlines()
     assert "[toy/02_x](toy/02_x.png) | [02_contrastive_pairs]" in lines[-2]
     assert lines[-2].endswith("none: corpora, settings, formulas, toys |")
     assert "[05_ablation_table]" in lines[-1] and "results/toy/records.jsonl" in lines[-1]
@@ -224,7 +225,7 @@ def test_the_list_names_the_notebook_in_the_file(tmp_path):
 
 def test_the_committed_list_is_the_generated_one():
     path = ROOT / "figures" / "README.md"
-    assert path.read_text() == plots.figure_index()
+    assert path.read_text() == figure_index()
 
 
 # ---- the whole way, from a generated MMSA file to a table ---------------------------------------

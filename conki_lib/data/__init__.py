@@ -1,9 +1,10 @@
 """Data: corpora are fetched or converted into packed stores, and read from those only."""
 
 from conki_lib.data.batch import Batch, make_loader, tokenise
-from conki_lib.data.corpora import CORPORA, corpus_path, data_root, fetch
+from conki_lib.data.corpora import CORPORA, fetch
 from conki_lib.data.formats import convert, export_mmsa
 from conki_lib.data.store import FeatureStore, Utterance, open_store
+from conki_lib.disk import corpus_path, data_root
 
 __all__ = [
     "CORPORA",

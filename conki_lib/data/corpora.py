@@ -12,14 +12,14 @@ import requests
 from filelock import FileLock
 from tqdm.auto import tqdm
 
-from conki_lib.config import ROOT, near_names
+from conki_lib.config import near_names
 from conki_lib.data import open_corpora, synthetic
 from conki_lib.data.damage import damaged
 from conki_lib.data.open_corpora import BC_LSTM, MFN
 from conki_lib.data.packing import SPLITS, Contents
 from conki_lib.data.pickles import BadFile
 from conki_lib.data.store import open_store, source_of, write_store
-from conki_lib.disk import explained
+from conki_lib.disk import corpus_path, explained
 
 HOST = "https://raw.githubusercontent.com/"
 REGISTRY = Path(__file__).resolve().parents[2] / "data" / "registry.txt"
@@ -158,16 +158,6 @@ CORPORA: dict[str, Corpus] = {
         ),
     )
 }
-
-
-def data_root(root: Path | str | None = None) -> Path:
-    """The folder that holds all stores: `root`, else $CONKI_DATA, else ``data/`` of the project."""
-    return Path(root or os.environ.get("CONKI_DATA") or ROOT / "data")
-
-
-def corpus_path(name: str, root: Path | str | None = None) -> Path:
-    """The folder of a corpus's store, whether it is there or not."""
-    return data_root(root) / name
 
 
 def how_to_get(name: str, root: Path | str | None = None) -> str:

@@ -14,10 +14,11 @@ import matplotlib.pyplot as plt
 import seaborn as sns
 from IPython.display import Image as DisplayImage
 from matplotlib.figure import Figure
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from conki_lib.config import ROOT
 from conki_lib.pairs import REPS
+from conki_lib.plots.index import figure_producer
 from conki_lib.records import in_one_step
 
 REP_COLORS = {
@@ -79,15 +80,6 @@ def rep_label(name: str) -> str:
 def figures_dir(profile: str) -> Path:
     """The folder of a profile's final figures, ``figures/<profile>/``."""
     return ROOT / "figures" / profile
-
-
-def figure_producer(path: Path) -> str | None:
-    """Read which notebook wrote a PNG figure; None if it does not say, or is none."""
-    try:
-        with Image.open(path) as image:
-            return image.info.get("Source")
-    except UnidentifiedImageError:
-        return None
 
 
 def compact(fig: Figure, *, dpi: int = 80, colors: int = 64) -> DisplayImage:

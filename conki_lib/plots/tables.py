@@ -1,7 +1,7 @@
 """Tables ready to paste (CSV, Markdown, LaTeX) and the pictures that show every run behind them."""
 
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -13,8 +13,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 
-from conki_lib.config import ROOT
-from conki_lib.plots.style import INK, MUTED, figure_producer
+from conki_lib.plots.style import INK, MUTED
 from conki_lib.records import write_text
 from conki_lib.statistics import SMALLER_IS_BETTER
 
@@ -363,39 +362,6 @@ def _spread_labels(ax: Axes, x: pd.Series, y: pd.Series) -> None:
                     bbox={"fc": "white", "lw": 0, "pad": 0.2},
                     arrowprops={"arrowstyle": "-", "color": MUTED, "lw": 0.6})  # fmt: skip
     ax.margins(x=0.2)
-
-
-# ---- the list of figures ------------------------------------------------------------------------
-
-# figures of corpora, formulas and toys
-_NO_RUN = ("01_", "02_", "03_architecture", "07_forms", "07_padding")
-
-
-def figure_index(
-    root: Path = ROOT, producer: Callable[[Path], str | None] = figure_producer
-) -> str:
-    """The text of ``figures/README.md``: file <- notebook <- run records.
-
-    Args:
-        root: of the project; the figures are read, so that the list cannot be wrong.
-        producer: tells the notebook that wrote a figure.
-    """
-    lines = [
-        "# Figures",
-        "",
-        "Generated: each figure's file names the notebook that wrote it. Each is a PNG and an SVG.",
-        "",
-        "| figure | notebook | run records |",
-        "|---|---|---|",
-    ]
-    for path in sorted((root / "figures").glob("*/*.png")):
-        notebook, profile = producer(path) or "unknown", path.parent.name
-        records = f"[results/{profile}/records.jsonl](../results/{profile}/records.jsonl)"
-        none = "none: corpora, settings, formulas, toys"
-        runs = none if path.stem.startswith(_NO_RUN) else records
-        name = f"[{profile}/{path.stem}]({profile}/{path.name})"
-        lines.append(f"| {name} | [{notebook}](../notebooks/{notebook}.ipynb) | {runs} |")
-    return "\n".join(lines) + "\n"
 
 
 def published_figure(
