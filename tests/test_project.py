@@ -147,6 +147,16 @@ def test_the_command_answers_without_loading_torch():
     assert done.stdout.strip() == "set()"
 
 
+def test_what_every_job_and_kernel_begins_with_is_light():
+    code = (
+        "import sys, conki_lib.ablation, conki_lib.notebook, conki_lib.pipeline; "
+        "import conki_lib.plots.index; "
+        "print({'torch', 'scipy', 'papermill', 'nbformat', 'matplotlib'} & set(sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "set()"
+
+
 # ---- environments -------------------------------------------------------------------------------
 
 
@@ -174,6 +184,7 @@ def test_requirements_lock_pins_everything():
     assert all(re.fullmatch(r"[\w.-]+==[\w.]+", pin) for pin in pins)
     names = {pin.split("==")[0].lower().replace("_", "-") for pin in pins}
     assert set(requirements()) <= names
+    assert "rfc3987-syntax" not in names  # seconds at every start; the lock's first lines say why
     assert "torch==2.13.0" in pins and not any("conki" in pin or "minilm" in pin for pin in pins)
 
 
