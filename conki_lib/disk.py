@@ -1,4 +1,4 @@
-"""Where corpora lie; full, read-only and over-quota disks: one clear error for what each raises."""
+"""Where corpora lie; one clear error for disks that are full, read-only or over quota."""
 
 import errno
 import os

@@ -255,8 +255,10 @@ def maps(
         Columns method, setting, seed, id, rep, y, x1, x2.
     """
     rows, K = found.rows(), len(found.names)
-    points = pd.DataFrame({"id": np.repeat(found.ids, K), "rep": np.tile(found.names, len(found.y)),
-                           "y": np.repeat(found.y, K).astype(np.float32)})  # fmt: skip
+    points = pd.DataFrame({
+        "id": np.repeat(found.ids, K), "rep": np.tile(found.names, len(found.ids)),
+        "y": np.repeat(found.y, K).astype(np.float32),
+    })  # fmt: skip
     tables = []
     for method, settings in grid.items():
         for setting in settings:

@@ -101,8 +101,8 @@ def parse_folds(text: str, profile: str) -> list[str]:
 
 def is_finished(config: RunConfig, stage: int) -> bool:
     """Does the record of this run exist, for data, backbone and code as they are now?"""
-    if not any(runs_dir(config.profile).glob("*/record.json")):
-        return False  # PyTorch need not be loaded to see that
+    if not (corpus_path(config.data.target) / "info.json").is_file():
+        return False  # no data yet: PyTorch need not be loaded to see that
     from conki_lib.encoders import backbone_fingerprint
     from conki_lib.training import resolve
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import nbformat
 import numpy as np
+import papermill
 import pytest
 
 from conki_lib import fitting, pipeline, records, states, training
@@ -194,7 +195,7 @@ def test_no_space_while_a_notebook_is_executed(disk, monkeypatch, tmp_path):
         Path(target).write_bytes(bytes(1 << 20))
 
     with monkeypatch.context() as patch:
-        patch.setattr(runner.papermill, "execute_notebook", fills_the_disk)
+        patch.setattr(papermill, "execute_notebook", fills_the_disk)
         with pytest.raises(DiskError, match=rf"no space left for 01_toy.*{small}.*CONKI_RUNS"):
             runner.run_notebook(notebook)
     (small / "filler").unlink()
@@ -204,7 +205,7 @@ def test_no_space_while_a_notebook_is_executed(disk, monkeypatch, tmp_path):
         fill(small)
 
     with monkeypatch.context() as patch:
-        patch.setattr(runner.papermill, "execute_notebook", fills_the_disk_at_last)
+        patch.setattr(papermill, "execute_notebook", fills_the_disk_at_last)
         with pytest.raises(DiskError, match=rf"no space left.*it is kept as {small}.*failed"):
             runner.run_notebook(notebook)
 
