@@ -489,6 +489,7 @@ def page(result: dict) -> str:
         memory=by_size(measured, "MiB", ".0f"),
         share=measured.query("variant == 'tiled'")["extra_in_reps"].iloc[-1],
         alone=by_size(measured, f"{mark}seconds", ".3g"),
+        data="\n".join(text for kind, text in DATA.items() if kind in errors.index),
         errors=_table(errors, ".1e"),
         growth=growth(measured, f"{mark}seconds"),
     )
@@ -636,12 +637,19 @@ Between its two largest batches it grows: {growth}.
 
 ## Error of the fp32 gradient
 
-Against float64, relative in norm, B = 128, the largest over temperatures from 0.01 to 1. Clustered:
-one centre per class, cosine about .5. Collapsed: x = c + 0.2 noise. One point: all of one
-class, x = c + 0.01 noise; sums over positives and over all pairs nearly cancel there.
+Against float64, relative in norm, B = 128, the largest over temperatures from 0.01 to 1.
+
+{data}
 
 {errors}
 """
+DATA = {
+    "random": "Random: no order in the rows.",
+    "clustered": "Clustered: one centre per class, cosine about .5.",
+    "collapsed": "Collapsed: x = c + 0.2 noise.",
+    "one point": """One point: all of one class, x = c + 0.01 noise; sums over positives and over
+all pairs nearly cancel there.""",
+}
 CPU_TEXTS = {
     "where": "",
     "care": """A busy machine disturbs the clock; processor time with one thread

@@ -4,6 +4,7 @@ import itertools
 import json
 import re
 from collections.abc import Iterator
+from io import BytesIO
 from pathlib import Path
 
 import matplotlib
@@ -14,6 +15,7 @@ import torch
 from matplotlib.colors import to_rgb
 from matplotlib.patches import FancyArrowPatch, Rectangle
 from matplotlib.path import Path as Curve
+from PIL import Image
 
 from conki_lib.config import ROOT
 from conki_lib.pairs import REPS, SETS, pair_masks
@@ -24,6 +26,7 @@ from conki_lib.plots.style import (
     PAIR_COLORS,
     REP_COLORS,
     REP_MARKERS,
+    compact,
     figures_dir,
     save_figure,
     use_style,
@@ -90,6 +93,19 @@ def test_a_figure_that_was_half_written_is_written_again(tmp_path: Path) -> None
     path = save_figure(plt.figure(), "x", "p", producer="02_pairs", folder=tmp_path)
     assert figure_producer(path) == "02_pairs"
     assert sorted(p.name for p in tmp_path.iterdir()) == ["x.png", "x.svg"]
+
+
+def test_a_compact_figure_keeps_the_colours_of_its_legend() -> None:
+    figure, ax = plt.subplots()
+    ax.imshow(np.random.default_rng(0).random((60, 60)))  # all the colours of a scale
+    for name, colour in REP_COLORS.items():
+        ax.plot([], [], "s", color=colour, label=name)
+    ax.legend()
+    with Image.open(BytesIO(compact(figure).data)) as image:
+        pixels = np.asarray(image.convert("RGB")).reshape(-1, 3).astype(int)
+    for colour in REP_COLORS.values():
+        wanted = 255 * np.array(to_rgb(colour))
+        assert np.abs(pixels - wanted).max(1).min() < 16, colour
 
 
 def test_figures_go_to_the_profiles_folder() -> None:

@@ -10,6 +10,7 @@ import tomllib
 from functools import cache
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import yaml
 
@@ -264,6 +265,16 @@ def test_the_readme_names_commands_that_exist():
 
     commands = {c.name or c.callback.__name__ for c in app.registered_commands}
     assert set(re.findall(r"`conki ([a-z]+)", readme)) <= commands
+
+
+@pytest.mark.parametrize("profile", ["synthetic", "mosi-open", "mmmo-open"])
+def test_what_the_readme_says_in_short_is_what_the_tables_say(profile):
+    table = pd.read_csv(ROOT / "results" / profile / "tables" / "differences.csv", index_col="row")
+    corrected = pd.to_numeric(table["p Holm (MAE)"], errors="coerce")  # "<0.001" is none
+    assert (corrected[["w/o C4", "w/o N1"]] > 0.05).all()
+    if profile == "mosi-open":
+        texts = table.loc[["text-only", "text-only + external"], "MAE"]
+        assert texts.str.startswith("-").all() and (corrected[texts.index] > 0.05).all()
 
 
 def test_ci_runs_the_readmes_test_command():

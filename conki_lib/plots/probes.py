@@ -114,7 +114,7 @@ def probe_figure(scores: pd.DataFrame) -> Figure:
     )
     axes[0].set(title="Acc-2 non0 (line: majority class)", ylim=(0.25, 1))
     axes[1].axhline(0, color=INK, lw=1)
-    axes[1].set(title="correlation (line: none)", ylim=(-0.5, 1))
+    axes[1].set(title="correlation (line: 0)", ylim=(-0.5, 1))
     fig.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
     return fig
 

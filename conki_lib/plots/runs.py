@@ -204,7 +204,7 @@ def pair_cosines(cosines: pd.DataFrame) -> Figure:
 
 
 def _pull(name: str) -> str:
-    return f"{name}  pull {'together' if name.startswith('P') else 'apart'}"
+    return f"{name}  {'pull together' if name.startswith('P') else 'push apart'}"
 
 
 # --- the architecture as a drawing --------------------------------------------------------------

@@ -82,19 +82,20 @@ def figures_dir(profile: str) -> Path:
     return ROOT / "figures" / profile
 
 
-def compact(fig: Figure, *, dpi: int = 80, colors: int = 64) -> DisplayImage:
+def compact(fig: Figure, *, dpi: int = 80) -> DisplayImage:
     """Show a figure in few bytes, for notebooks with many figures; its file stays as it is saved.
 
     Args:
         fig: the finished figure; it is closed, so that the notebook does not show it twice.
         dpi: resolution.
-        colors: of the palette.
     """
     full, small = BytesIO(), BytesIO()
     fig.savefig(full, dpi=dpi, metadata={"Software": None})
     plt.close(fig)
     with Image.open(full) as image:
-        image.convert("RGB").quantize(colors).save(small, "PNG", optimize=True)
+        # of 256 colours; the default method would merge the few points of a legend with others
+        palette = image.convert("RGB").quantize(method=Image.Quantize.MAXCOVERAGE, dither=0)
+        palette.save(small, "PNG", optimize=True)
     return DisplayImage(small.getvalue())
 
 
