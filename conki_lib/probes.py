@@ -42,15 +42,16 @@ def word_counter(language: str = "en") -> CountVectorizer:
     units: dict[str, Any] = {"token_pattern": r"(?u)\b\w[\w']*\b"}
     if language == "zh":
         units = {"analyzer": "char", "ngram_range": (1, 2)}
-    return CountVectorizer(
-        binary=True, min_df=2, max_features=MOST_WORDS, dtype=np.float32, **units
-    )
+    return CountVectorizer(binary=True, min_df=2, dtype=np.float32, **units)
 
 
 def bag_of_words(
     train: Sequence[str], test: Sequence[str], *, language: str = "en"
 ) -> tuple[Float[np.ndarray, "N w"], Float[np.ndarray, "M w"]]:
     """Which words of `word_counter` an utterance holds, 0 or 1; learnt from the training texts.
+
+    At most the `MOST_WORDS` commonest; of equally common ones the first in the alphabet, whatever
+    the processor (the vectorizer's own cut leaves that to the sorting algorithm).
 
     Args:
         train: training texts; words that stand in one of them only are left out.
@@ -61,7 +62,10 @@ def bag_of_words(
         ValueError: no word stands in two training texts.
     """
     words = word_counter(language)
-    return words.fit_transform(train).toarray(), words.transform(test).toarray()
+    x = words.fit_transform(train)  # columns in alphabetical order
+    common = np.argsort(-np.asarray(x.sum(0)).ravel(), kind="stable")[:MOST_WORDS]
+    kept = np.sort(common)
+    return x[:, kept].toarray(), words.transform(test)[:, kept].toarray()
 
 
 def probe_modalities(store: FeatureStore) -> dict[str, Float[np.ndarray, " N"]]:

@@ -6,6 +6,7 @@ import pytest
 from conki_lib.data import open_store
 from conki_lib.metrics import sims_metrics
 from conki_lib.probes import (
+    MOST_WORDS,
     bag_of_words,
     clip_means,
     probe_modalities,
@@ -53,6 +54,14 @@ def test_sims_metrics_can_be_asked_for():
     x, y = linear_task()
     score = ridge_probe(x[:150], y[:150] / 3, x[150:], y[150:] / 3, metrics=sims_metrics)
     assert set(score) == {"mae", "corr", "acc5", "acc3", "acc2", "f1"}
+
+
+def test_of_equally_common_words_the_first_in_the_alphabet_are_counted():
+    words = [f"w{k:04d}" for k in range(3 * MOST_WORDS)]
+    commoner, others = words[::7], [word for k, word in enumerate(words) if k % 7]
+    _, test = bag_of_words([" ".join(words), " ".join(words), " ".join(commoner)], words)
+    counted = {word for word, row in zip(words, test, strict=True) if row.any()}
+    assert counted == {*commoner, *others[: MOST_WORDS - len(commoner)]}
 
 
 def test_words_come_from_the_training_texts_that_share_them():
