@@ -644,7 +644,7 @@ Against float64, relative in norm, B = 128, the largest over temperatures from 0
 {errors}
 """
 DATA = {
-    "random": "Random: no order in the rows.",
+    "random": "Random: independent normal numbers.",
     "clustered": "Clustered: one centre per class, cosine about .5.",
     "collapsed": "Collapsed: x = c + 0.2 noise.",
     "one point": """One point: all of one class, x = c + 0.01 noise; sums over positives and over

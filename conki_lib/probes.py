@@ -63,8 +63,7 @@ def bag_of_words(
     """
     words = word_counter(language)
     x = words.fit_transform(train)  # columns in alphabetical order
-    common = np.argsort(-np.asarray(x.sum(0)).ravel(), kind="stable")[:MOST_WORDS]
-    kept = np.sort(common)
+    kept = np.sort(np.argsort(-np.asarray(x.sum(0)).ravel(), kind="stable")[:MOST_WORDS])
     return x[:, kept].toarray(), words.transform(test)[:, kept].toarray()
 
 

@@ -294,7 +294,7 @@ def test_tracked_files_are_small_and_name_no_machine():
     folders = ["wo[r]k", "ro[o]t", "U[s]ers/\\w+", "h[o]me/\\w+"]
     machine = re.compile(rf"(?<![\w.<>/*$}}])/(?:{'|'.join(folders)})/[\w.]")
     for path in tracked():
-        assert path.stat().st_size < 4_000_000, path  # mmmo-open: 388 records
+        assert path.stat().st_size < 4_000_000, path  # one profile's records are the largest
         if path.suffix not in {".png", ".parquet", ".svg"}:
             found = machine.search(path.read_text(errors="replace"))
             assert not found, f"{path}: a path of one machine: {found.group()}"

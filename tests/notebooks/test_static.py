@@ -65,8 +65,7 @@ def test_it_has_one_cell_of_annotated_parameters_and_checks_them(path):
     assert all(parameter.meaning for parameter in declared.values()), "a comment for each"
     code = cells(path, "code")
     after = code[code.index(tagged[0]) + 1].source
-    if "profile" in declared:
-        assert "RunConfig" in after or "configure(" in after
+    assert "profile" in declared and "RunConfig" in after
     assert not [c for c in cells(path) if "injected-parameters" in c.metadata.get("tags", [])]
 
 
