@@ -149,30 +149,41 @@ class Pair(NamedTuple):
     base: Float[np.ndarray, "S N"]
 
 
-def pair_up(predictions: pd.DataFrame, row: str, base: str = "full") -> Pair | None:
+def by_run(predictions: pd.DataFrame) -> tuple[pd.DataFrame, pd.Series]:
+    """Spread predictions of one split out: a line per run, a column per utterance; and the truth.
+
+    Args:
+        predictions: columns variant, seed, id, y, y_hat; one line per run and utterance.
+
+    Returns:
+        y_hat with index (variant, seed) and columns id, nan where a run does not hold an utterance;
+        y by id. Both in the order in which the ids come.
+    """
+    y = predictions.drop_duplicates("id").set_index("id")["y"]
+    answers = predictions.pivot(index=["variant", "seed"], columns="id", values="y_hat")
+    return answers[y.index], y
+
+
+def pair_up(answers: pd.DataFrame, y: pd.Series, row: str, base: str = "full") -> Pair | None:
     """Line two rows up by seed and utterance; None where they share no seed.
 
     An utterance that a run does not hold is left out for all of them.
 
     Args:
-        predictions: columns variant, seed, id, y, y_hat of one split; one line per run and
-            utterance.
+        answers: from `by_run`.
+        y: from `by_run`.
         row: the row that is compared.
         base: the row that it is compared with.
     """
-    tables = [
-        predictions[predictions["variant"] == name].pivot(index="seed", columns="id",
-                                                          values="y_hat")
-        for name in (row, base)
-    ]  # fmt: skip
+    rows = answers.index.get_level_values("variant")
+    tables = [answers[rows == name].droplevel("variant") for name in (row, base)]
     seeds = [seed for seed in tables[0].index if seed in tables[1].index]
     if not seeds:
         return None
-    y = predictions.drop_duplicates("id").set_index("id")["y"]
-    whole = [set(table.loc[seeds].dropna(axis=1).columns) for table in tables]
-    ids = [i for i in y.index if all(i in held for held in whole)]
-    values = [table.loc[seeds, ids].to_numpy(np.float32) for table in tables]
-    return Pair([int(s) for s in seeds], ids, y[ids].to_numpy(np.float32), *values)
+    values = [table.loc[seeds].to_numpy(np.float32) for table in tables]
+    held = ~np.isnan(values).any(axis=(0, 1))
+    return Pair(seeds, list(y.index[held]), y[held].to_numpy(np.float32),
+                *(x[:, held] for x in values))  # fmt: skip
 
 
 def paired_differences(
@@ -187,7 +198,7 @@ def paired_differences(
     """Difference of every row to a base row, with `crossed_interval`, over the seeds they share.
 
     Args:
-        predictions: of one split, see `pair_up`.
+        predictions: of one split, see `by_run`.
         base: the row that all others are compared with.
         metrics: ``"mosi"`` or ``"sims"``.
         clusters: id -> video, see `videos_of`; whole videos are drawn, as clips of one speaker are
@@ -199,9 +210,9 @@ def paired_differences(
         One line per row and metric: variant, metric, seeds, utterances, difference, low, high, se,
         p, p_holm (Holm's correction over the rows of this call, metric by metric).
     """
-    lines = []
+    lines, answers = [], by_run(predictions)
     for name in dict.fromkeys(predictions["variant"]):
-        pair = pair_up(predictions, name, base) if name != base else None
+        pair = pair_up(*answers, name, base) if name != base else None
         if pair is not None:
             lines += _differences(pair, name, metrics, clusters, draws, seed)
     return corrected(pd.DataFrame(lines))

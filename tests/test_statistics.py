@@ -30,7 +30,7 @@ def predictions(rows=("full", "w/o N1"), seeds=(0, 1, 2), n=60, shift=0.0, limit
 def test_equal_weights_give_the_metrics(metrics, limit):
     table = predictions(n=200, limit=limit)
     score = sims_metrics if metrics == "sims" else mosi_metrics
-    pair = statistics.pair_up(table, "w/o N1")
+    pair = statistics.pair_up(*statistics.by_run(table), "w/o N1")
     found = statistics.weighted_scores(pair.row, pair.y, np.ones((1, 200)), metrics=metrics)
     assert tuple(found) == statistics.METRICS[metrics]
     for s in range(3):
@@ -39,7 +39,7 @@ def test_equal_weights_give_the_metrics(metrics, limit):
 
 
 def test_a_weight_counts_like_a_repetition():
-    pair = statistics.pair_up(predictions(n=30), "w/o N1")
+    pair = statistics.pair_up(*statistics.by_run(predictions(n=30)), "w/o N1")
     weights = np.random.default_rng(1).integers(0, 4, (1, 30)).astype(float)
     found = statistics.weighted_scores(pair.row, pair.y, weights)
     repeated = np.repeat(np.arange(30), weights[0].astype(int))
@@ -76,11 +76,11 @@ def test_summarise_is_mean_and_sample_deviation():
 def test_pairs_share_seeds_and_utterances():
     table = predictions(seeds=(0, 1))
     table = table.drop(table.query("variant == 'w/o N1' and seed == 1").index)
-    pair = statistics.pair_up(table, "w/o N1")
+    pair = statistics.pair_up(*statistics.by_run(table), "w/o N1")
     assert pair.seeds == [0] and pair.row.shape == (1, 60)
     again = table.query("variant == 'full' and seed == 0")
     assert np.array_equal(pair.base[0], again["y_hat"]) and list(again["id"]) == pair.ids
-    assert statistics.pair_up(table[table["seed"] == 1], "w/o N1") is None
+    assert statistics.pair_up(*statistics.by_run(table[table["seed"] == 1]), "w/o N1") is None
 
 
 def test_differences_find_a_shift_and_no_shift():
@@ -218,7 +218,7 @@ def test_sims_differences_are_of_clipped_predictions():
 def test_an_utterance_that_one_run_lacks_is_left_out():
     table = predictions(seeds=(0, 1))
     gap = (table["variant"] == "full") & (table["seed"] == 1) & (table["id"] == "u3")
-    pair = statistics.pair_up(table[~gap], "w/o N1")
+    pair = statistics.pair_up(*statistics.by_run(table[~gap]), "w/o N1")
     assert "u3" not in pair.ids and len(pair.ids) == 59 and pair.seeds == [0, 1]
     assert np.isfinite(pair.row).all() and np.isfinite(pair.base).all()
 
