@@ -15,6 +15,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_valida
 MODALITIES = ("t", "v", "a")
 MODALITY_NAMES = {"t": "text", "v": "vision", "a": "audio"}
 ROOT = Path(os.environ.get("CONKI_HOME", Path(__file__).resolve().parents[1]))
+HEADLESS = "CONKI_HEADLESS"
 
 Modality = Literal["t", "v", "a"]
 PairSet = Literal["P1", "P2", "N1", "N2"]
@@ -256,9 +257,14 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
-def near_names(name: str, known: Any, n: int = 3) -> str:
+def headless() -> bool:
+    """Is a notebook executed with nobody to watch: one line per epoch, and nothing to click?"""
+    return os.environ.get(HEADLESS, "0") not in ("", "0")
+
+
+def near_names(name: str, known: Any) -> str:
     """Say which known names are close: ``"; did you mean 'lam'?"``, or nothing."""
-    near = difflib.get_close_matches(name, list(known), n=n, cutoff=0.5)
+    near = difflib.get_close_matches(name, list(known), cutoff=0.5)
     return f"; did you mean {' or '.join(repr(x) for x in near)}?" if near else ""
 
 

@@ -3,8 +3,9 @@
 import errno
 import os
 import tempfile
+import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from conki_lib.config import ROOT
@@ -89,6 +90,24 @@ def explained(what: str, folder: Path, way_out: str) -> Iterator[None]:
         if code is None:
             raise
         raise DiskError(code, f"{WORDS[code]} for {what} in {folder}: {way_out}") from error
+
+
+@contextmanager
+def in_one_step(path: Path) -> Iterator[Path]:
+    """A name to write to, renamed in the end: a reader sees the old file or the whole new one.
+
+    Raises:
+        DiskError: it could not be written; what was there is kept.
+    """
+    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
+    with explained(path.name, path.parent, "make it writable, or free some space"):
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            yield partial
+            partial.replace(path)
+        finally:
+            with suppress(OSError):  # a disk that is read-only
+                partial.unlink(missing_ok=True)
 
 
 def _lies_in(path: str, folder: Path) -> bool:

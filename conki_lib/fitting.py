@@ -28,7 +28,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from conki_lib.config import Precision, RuntimeConfig, StageConfig
+from conki_lib.config import Precision, RuntimeConfig, StageConfig, headless
 from conki_lib.data import Batch
 from conki_lib.disk import explained
 from conki_lib.metrics import mosi_metrics, sims_metrics
@@ -385,11 +385,6 @@ def _product_error() -> float:
     x = torch.randn(256, 256, generator=generator)
     exact = x.double() @ x.double()
     return float(((x @ x) - exact).norm() / exact.norm())
-
-
-def headless() -> bool:
-    """Is a strict papermill run asking for one line per epoch in place of bars?"""
-    return os.environ.get("CONKI_HEADLESS", "0") not in ("", "0")
 
 
 def _bar(loader: DataLoader, title: str) -> Iterable[Batch]:

@@ -17,14 +17,20 @@ from IPython.display import Code
 from pydantic import TypeAdapter, ValidationError
 from traitlets.config import Config
 
-from conki_lib.config import ROOT, RunConfig, near_names, read_profile, setting_names
-from conki_lib.disk import DiskError, explained, make_writable
-from conki_lib.records import in_one_step
+from conki_lib.config import (
+    HEADLESS,
+    ROOT,
+    RunConfig,
+    near_names,
+    read_profile,
+    setting_names,
+)
+from conki_lib.config import headless as headless  # for notebooks
+from conki_lib.disk import DiskError, explained, in_one_step, make_writable
 
 # nbformat and papermill are imported where they are used: every kernel loads this module too
 
 NOTEBOOKS = ROOT / "notebooks"
-HEADLESS = "CONKI_HEADLESS"
 # glibc keeps freed memory: a training step touches the same pages again instead of asking for new
 # ones; other allocators ignore it
 ALLOCATOR = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**34)}
@@ -60,11 +66,6 @@ def show_source(obj: Any) -> Code:
     """
     source = inspect.getsource(inspect.unwrap(obj))
     return Code(data=textwrap.dedent(source), language="python")
-
-
-def headless() -> bool:
-    """Is the notebook executed by `run_notebook`, with nobody to watch a progress bar?"""
-    return os.environ.get(HEADLESS) == "1"
 
 
 # ---- parameters ---------------------------------------------------------------------------------

@@ -103,15 +103,10 @@ def is_finished(config: RunConfig, stage: int) -> bool:
     """Does the record of this run exist, for data, backbone and code as they are now?"""
     if not (corpus_path(config.data.target) / "info.json").is_file():
         return False  # no data yet: PyTorch need not be loaded to see that
-    from conki_lib.encoders import backbone_fingerprint
-    from conki_lib.training import resolve
+    from conki_lib.training import fingerprints, resolve
 
     try:
-        resolved, stores = resolve(config)
-        data = {name: store.fingerprint for name, store in stores.items()}
-        if "t" in resolved.model.modalities:
-            name = resolved.model.text_backbone
-            data[name] = backbone_fingerprint(name)
+        data = fingerprints(*resolve(config))
     except FileNotFoundError:
         return False  # no data yet, or no backbone
     folders = (run_folder(answer, stage, data) for answer in answers(config))

@@ -7,7 +7,6 @@ a finished one holds ``record.json``, written last. `merge` collects finished ru
 """
 
 import ast
-import contextlib
 import hashlib
 import json
 import math
@@ -17,8 +16,6 @@ import re
 import resource
 import subprocess
 import sys
-import uuid
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
@@ -29,7 +26,7 @@ import pandas as pd
 from filelock import FileLock
 
 from conki_lib.config import ROOT, Precision, RunConfig
-from conki_lib.disk import explained
+from conki_lib.disk import in_one_step
 
 # what determines results; how a store was made is covered by the fingerprint of the data
 RESULT_MODULES = (
@@ -228,24 +225,6 @@ def run_lock(folder: Path) -> FileLock:
 
 
 # ---- reading and writing ------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def in_one_step(path: Path) -> Iterator[Path]:
-    """A name to write to, renamed in the end: a reader sees the old file or the whole new one.
-
-    Raises:
-        DiskError: it could not be written; what was there is kept.
-    """
-    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
-    with explained(path.name, path.parent, "make it writable, or free some space"):
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            yield partial
-            partial.replace(path)
-        finally:
-            with contextlib.suppress(OSError):  # a disk that is read-only
-                partial.unlink(missing_ok=True)
 
 
 def write_text(path: Path, text: str) -> Path:

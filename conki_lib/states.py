@@ -26,9 +26,8 @@ from conki_lib.encoders import Encoded
 from conki_lib.model import ConKI
 from conki_lib.records import code_hash, runs_dir
 
-LARGEST = (
-    32 * 2**30
-)  # bytes of one modality's states; above it, backbones are run anew in every epoch
+# bytes of one modality's states; above it, backbones are run anew in every epoch
+LARGEST = 32 * 2**30
 _GO_ON = "free some space, or set stage1_cache to false, which computes them anew in every epoch"
 
 
@@ -86,9 +85,7 @@ def _to(encoded: Encoded, device: torch.device) -> Encoded:
     return Encoded(encoded.pan.to(device), hidden, encoded.mask.to(device))
 
 
-def cached_states(
-    model: ConKI, loader: DataLoader, *, key: dict, modality: str, say: object = print
-) -> States | None:
+def cached_states(model: ConKI, loader: DataLoader, *, key: dict, modality: str) -> States | None:
     """Open a split's states of one modality, computing them first where they are missing.
 
     Args:
@@ -96,7 +93,6 @@ def cached_states(
         loader: the split in any order; `Batch.index` says which row is which.
         key: all that determines the states (data, backbone, seed where it matters, precision).
         modality: one of t, v, a.
-        say: prints one line with the size before anything is written.
 
     Returns:
         The states, or None where they would be larger than `LARGEST` or than the free space.
@@ -110,9 +106,11 @@ def cached_states(
             size = 4 * model.config.d * steps * len(model.plugged(modality))
             free = shutil.disk_usage(folder.parent).free
             if size > min(LARGEST, 0.8 * free):
-                say(f"states of {modality}: {size / 1e9:.1f} GB are too many to cache; recomputing")
+                print(
+                    f"states of {modality}: {size / 1e9:.1f} GB are too many to cache; recomputing"
+                )
                 return None
-            say(f"caching the states of modality {modality}: about {size / 1e6:.0f} MB")
+            print(f"caching the states of modality {modality}: about {size / 1e6:.0f} MB")
             with explained("the cache of hidden states", folder.parent, _GO_ON):
                 _write(model, loader, folder, modality)
     return States(folder)

@@ -7,7 +7,7 @@ section 5.
 
 import contextlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -122,6 +122,18 @@ def resolve(config: RunConfig) -> tuple[RunConfig, dict[str, FeatureStore]]:
     return config.replace(widths=widths, precision=chosen_precision(config.runtime)), stores
 
 
+def fingerprints(config: RunConfig, stores: Mapping[str, FeatureStore]) -> dict[str, str]:
+    """What identifies the data of a run that `resolve` opened: its corpora and text backbone.
+
+    Raises:
+        FileNotFoundError: the text backbone is nowhere.
+    """
+    found = {name: store.fingerprint for name, store in stores.items()}
+    if "t" in config.model.modalities:
+        found[config.model.text_backbone] = backbone_fingerprint(config.model.text_backbone)
+    return found
+
+
 def shared_modalities(config: RunConfig, external: FeatureStore) -> tuple[str, ...]:
     """The modalities that external knowledge can reach."""
     return tuple(m for m in config.model.modalities if m in external.info.modalities)
@@ -129,9 +141,7 @@ def shared_modalities(config: RunConfig, external: FeatureStore) -> tuple[str, .
 
 def _run_or_load(config: RunConfig, stage: int, stores: dict, train: Callable) -> Record:
     accelerator = make_accelerator(config.runtime)
-    data = {name: store.fingerprint for name, store in stores.items()}
-    if "t" in config.model.modalities:
-        data[config.model.text_backbone] = backbone_fingerprint(config.model.text_backbone)
+    data = fingerprints(config, stores)
     folder = records.run_folder(config, stage, data)
     with records.run_lock(folder) if is_main() else contextlib.nullcontext():
         accelerator.wait_for_everyone()  # the others go on once the main process holds the lock

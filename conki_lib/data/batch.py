@@ -225,7 +225,6 @@ def make_loader(
     seed: int = 0,
     standardise: bool = True,
     max_steps: int = 512,
-    num_workers: int = 0,
     pad_to: int | Mapping[str, int] = 0,
 ) -> DataLoader:
     """Make a loader of `Batch` over one split, bucketed by length, the last batch kept.
@@ -245,7 +244,6 @@ def make_loader(
         standardise: subtract mean, divide by deviation of the train frames of the split's own store
             and fold.
         max_steps: longer vision and audio sequences are cut.
-        num_workers: processes that prepare batches; 0: none.
         pad_to: pad to at least so many steps, all modalities or each; a means of testing that
             padding changes nothing.
     """
@@ -264,7 +262,6 @@ def make_loader(
         _Collator(split, modalities, tokens, standardise, max_steps, pads),
         batch_sampler=BucketSampler(np.asarray(lengths), batch_size, shuffle, seed),
         collate_fn=_as_is,
-        num_workers=num_workers,
         generator=torch.Generator().manual_seed(seed),
     )
 

@@ -1,8 +1,6 @@
 """MMSA's pickles: a dict of splits, each a dict of columns; read, and written back."""
 
-import os
 import re
-import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -17,6 +15,7 @@ from conki_lib.data.packing import SPLIT_NAMES, SPLITS
 from conki_lib.data.pickles import BadFile, PickledArray, Piece, StreamedArray, write_pickle
 from conki_lib.data.raw import PaddedSequences, Range, RawCorpus, guess_language
 from conki_lib.data.store import FeatureStore, SplitView
+from conki_lib.disk import in_one_step
 
 SEPARATOR = "$_$"
 _YOUTUBE = re.compile(r"([-\w]{11})_(\d+)")  # a video id has 11 characters, "_" may be among them
@@ -307,17 +306,10 @@ def export_mmsa(
     Differs: from MMSA's files by the missing ``text`` (BERT states), which no text backbone needs.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     longest = {m: _longest(store, m, max_steps) for m in store.info.widths}
-    handle, aside = tempfile.mkstemp(prefix=f".{path.name}.partial-", dir=path.parent)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            splits = {s: _columns(store, s, longest, tokenizer, max_tokens) for s in store.splits}
-            write_pickle(file, splits)
-        os.chmod(aside, 0o644)
-        os.replace(aside, path)
-    finally:
-        Path(aside).unlink(missing_ok=True)
+    with in_one_step(path) as aside, aside.open("wb") as file:
+        splits = {s: _columns(store, s, longest, tokenizer, max_tokens) for s in store.splits}
+        write_pickle(file, splits)
     return path
 
 

@@ -17,9 +17,9 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from conki_lib.config import ROOT
+from conki_lib.disk import in_one_step
 from conki_lib.pairs import REPS
 from conki_lib.plots.index import figure_producer
-from conki_lib.records import in_one_step
 
 REP_COLORS = {
     "O_t": "#0B6B3A",
