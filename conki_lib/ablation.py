@@ -230,8 +230,9 @@ def runs_of(profile: str, *, fold: str | None = None) -> list[Record]:
     """
     fold = fold or RunConfig.from_profile(profile).data.fold
     found: dict[tuple[str, int], Record] = {}
+    rows: dict[str, str] = {}
     for record in load_records(profile):
-        if record.stage == 2 and record.fold == fold and _is_a_row(record):
+        if record.stage == 2 and record.fold == fold and _is_a_row(record, rows):
             place, held = (record.variant, record.seed), found.get((record.variant, record.seed))
             if held is None or record.rank >= held.rank:
                 found[place] = record
@@ -239,18 +240,21 @@ def runs_of(profile: str, *, fold: str | None = None) -> list[Record]:
     return sorted(found.values(), key=lambda r: (order.index(r.variant), r.seed))
 
 
-def _is_a_row(record: Record) -> bool:
-    """Are a record's settings those that its row has today?"""
+def _is_a_row(record: Record, rows: dict[str, str]) -> bool:
+    """Are a record's settings those that its row has today? `rows` keeps what was asked before."""
     try:
-        found = record.config
-        wanted = configure(record.profile, record.variant, record.seed, fold=record.fold)
+        if record.variant not in rows:
+            rows[record.variant] = _meaning(
+                configure(record.profile, record.variant, fold=record.fold)
+            )
+        return _meaning(record.config) == rows[record.variant]
     except ValueError:
         return False  # a row or a setting that is no more
-    if found.runtime.tuning:
-        return False
-    rounding = ("precision", "device", "accumulate", "checkpoint_activations")
-    same = found.replace(**{name: getattr(wanted.runtime, name) for name in rounding})
-    return config_key(same, 2) == config_key(wanted, 2)
+
+
+def _meaning(config: RunConfig) -> str:
+    """Hash of what a run asks, whatever its seed and precision."""
+    return config_key(config.replace(seed=0, precision="auto"), 2)
 
 
 def run_table(records: Iterable[Record]) -> pd.DataFrame:

@@ -17,7 +17,7 @@ import resource
 import subprocess
 import sys
 from dataclasses import asdict, dataclass, field, replace
-from functools import cache
+from functools import cache, lru_cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, get_args
@@ -272,7 +272,14 @@ def local_records(profile: str) -> list[Record]:
 
 def committed_records(profile: str, *, tuning: bool = False) -> list[Record]:
     """The records of ``results/<profile>/``, whatever code made them."""
-    return _read(results_dir(profile) / ("tuning.jsonl" if tuning else "records.jsonl"))
+    path = results_dir(profile) / ("tuning.jsonl" if tuning else "records.jsonl")
+    return list(_committed(path, path.stat().st_mtime_ns)) if path.is_file() else []
+
+
+@lru_cache(maxsize=4)
+def _committed(path: Path, modified: int) -> list[Record]:
+    """Hundreds of records are asked for again and again: read once, until the file changes."""
+    return _read(path)
 
 
 def load_records(profile: str) -> list[Record]:

@@ -2,9 +2,10 @@
 
 from conki_lib.data.batch import Batch, make_loader, tokenise
 from conki_lib.data.corpora import CORPORA, fetch
-from conki_lib.data.formats import convert, export_mmsa
+from conki_lib.data.formats import convert
+from conki_lib.data.mmsa import export_mmsa
 from conki_lib.data.store import FeatureStore, Utterance, open_store
-from conki_lib.disk import corpus_path, data_root
+from conki_lib.disk import corpus_path
 
 __all__ = [
     "CORPORA",
@@ -13,7 +14,6 @@ __all__ = [
     "Utterance",
     "convert",
     "corpus_path",
-    "data_root",
     "export_mmsa",
     "fetch",
     "make_loader",

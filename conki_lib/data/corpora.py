@@ -34,7 +34,6 @@ class Corpus:
     kind: str  # "embedded": built here; "open": fetched; "user": converted from the user's files
     modalities: tuple[str, ...]
     counts: tuple[int, int, int]  # train, valid, test of the fold standard
-    licence: str
     language: str = "en"
     label_range: tuple[float, float] = (-3.0, 3.0)
     files: tuple[str, ...] = ()  # below HOST
@@ -48,45 +47,36 @@ def _mfn_files(name: str) -> tuple[str, ...]:
     return tuple(f"{MFN}/new_data/{name}/{kind}_{s}.h5" for kind in kinds for s in SPLITS)
 
 
-def _mmsa(folder: str, file: str) -> str:
-    return (
-        f"get {folder}/Processed/{file} from the page of the MMSA framework "
-        f"(https://github.com/thuiar/MMSA), then run `conki convert {file} DATA/{folder.lower()}`"
-    )
+def _mmsa(name: str, title: str, counts: tuple[int, int, int], file: str, **more: Any) -> Corpus:
+    """A corpus of the MMSA framework, which only the user can bring."""
+    return Corpus(
+        name, f"{title}, MMSA features", "user", ("t", "v", "a"), counts,
+        how=f"get {name.upper()}/Processed/{file} from the page of the MMSA framework "
+        f"(https://github.com/thuiar/MMSA), then run `conki convert {file} DATA/{name}`",
+        **more,
+    )  # fmt: skip
+
+
+def _embedded(name: str, title: str, domain: synthetic.Domain) -> Corpus:
+    """A corpus that is generated here."""
+    return Corpus(
+        name, title, "embedded", ("t", "v", "a"), domain.sizes,
+        read=lambda _: synthetic.generate(domain), recipe=synthetic.RECIPE,
+    )  # fmt: skip
 
 
 _BC = f"{BC_LSTM}/bc-LSTM/data"
-_MIT = "MIT (repository); the videos' rights remain with their makers"
 CORPORA: dict[str, Corpus] = {
     corpus.name: corpus
     for corpus in (
-        Corpus(
-            "synthetic",
-            "generated target domain",
-            "embedded",
-            ("t", "v", "a"),
-            synthetic.TARGET.sizes,
-            "MIT, as this project",
-            read=synthetic.generate_target,
-            recipe=synthetic.RECIPE,
-        ),
-        Corpus(
-            "synthetic-external",
-            "generated external domain",
-            "embedded",
-            ("t", "v", "a"),
-            synthetic.EXTERNAL.sizes,
-            "MIT, as this project",
-            read=synthetic.generate_external,
-            recipe=synthetic.RECIPE,
-        ),
+        _embedded("synthetic", "generated target domain", synthetic.TARGET),
+        _embedded("synthetic-external", "generated external domain", synthetic.EXTERNAL),
         Corpus(
             "mosi-open",
             "CMU-MOSI from public repositories, one vector per utterance",
             "open",
             ("t", "v", "a"),
             (1284, 229, 686),
-            _MIT,
             files=(
                 f"{_BC}/transcripts.csv",
                 *(f"{_BC}/text_{part}.csv" for part in ("train", "test")),
@@ -101,7 +91,6 @@ CORPORA: dict[str, Corpus] = {
             "open",
             ("t",),
             (9989, 1109, 2610),
-            "GPL-3.0 (MELD's authors)",
             files=tuple(
                 f"{BC_LSTM}/MELD/data/MELD/{p}_sent_emo.csv" for p in ("train", "dev", "test")
             ),
@@ -113,7 +102,6 @@ CORPORA: dict[str, Corpus] = {
             "open",
             ("v", "a"),
             (220, 40, 80),
-            _MIT,
             files=_mfn_files("mmmo"),
             read=open_corpora.read_mmmo_open,
         ),
@@ -123,41 +111,17 @@ CORPORA: dict[str, Corpus] = {
             "open",
             ("v", "a"),
             (600, 100, 203),
-            _MIT,
             files=_mfn_files("pom"),
             read=open_corpora.read_pom_open,
         ),
-        Corpus(
-            "mosi",
-            "CMU-MOSI, MMSA features",
-            "user",
-            ("t", "v", "a"),
-            (1284, 229, 686),
-            "CMU-MultimodalSDK's terms",
-            how=_mmsa("MOSI", "unaligned_50.pkl"),
-        ),
-        Corpus(
-            "mosei",
-            "CMU-MOSEI, MMSA features",
-            "user",
-            ("t", "v", "a"),
-            (16326, 1871, 4659),
-            "CMU-MultimodalSDK's terms",
-            how=_mmsa("MOSEI", "unaligned_50.pkl"),
-        ),
-        Corpus(
-            "sims",
-            "CH-SIMS, MMSA features",
-            "user",
-            ("t", "v", "a"),
-            (1368, 456, 457),
-            "CH-SIMS authors' terms",
-            language="zh",
-            label_range=(-1.0, 1.0),
-            how=_mmsa("SIMS", "unaligned_39.pkl"),
+        _mmsa("mosi", "CMU-MOSI", (1284, 229, 686), "unaligned_50.pkl"),
+        _mmsa("mosei", "CMU-MOSEI", (16326, 1871, 4659), "unaligned_50.pkl"),
+        _mmsa(
+            "sims", "CH-SIMS", (1368, 456, 457), "unaligned_39.pkl",
+            language="zh", label_range=(-1.0, 1.0),
         ),
     )
-}
+}  # fmt: skip
 
 
 def how_to_get(name: str, root: Path | str | None = None) -> str:

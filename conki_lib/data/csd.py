@@ -163,7 +163,7 @@ def read_csd(
     notes, paths = {"files": ", ".join(used)}, [f.path for f in files.values()]
     language, table = guess_language(table["text"].tolist()), table.drop(columns=["start", "end"])
     return RawCorpus(
-        folder, "csd", table, sequences, language, (-3, 3), paths, nbytes, None, cleaned, notes
+        folder, "csd", table, sequences, language, (-3, 3), paths, nbytes, cleaned, notes
     )
 
 

@@ -16,13 +16,13 @@ from conki_lib.data.aside import clear_away
 from conki_lib.data.csd import CsdFile, read_csd
 from conki_lib.data.damage import AGAIN, damaged
 from conki_lib.data.inspection import Inspection, inspect_raw, inspect_store
-from conki_lib.data.mmsa import RELEASES, export_mmsa, is_mmsa, read_mmsa
+from conki_lib.data.mmsa import RELEASES, is_mmsa, read_mmsa
 from conki_lib.data.packing import SPLITS
 from conki_lib.data.pickles import BadFile, UnsafePickle, read_pickle
 from conki_lib.data.raw import Range, RawCorpus
 from conki_lib.data.store import INFO, open_store, write_store
 
-__all__ = ["Recognised", "convert", "export_mmsa", "inspect_path", "read_raw", "recognise"]
+__all__ = ["Recognised", "convert", "inspect_path", "read_raw", "recognise"]
 
 
 @dataclass(frozen=True)

@@ -93,7 +93,7 @@ def read_mmsa(path: Path, content: dict[str, Any]) -> RawCorpus:
     small = language == "zh" or "y_T" in utterances
     limits = (-1, 1) if small else (-3, 3)
     return RawCorpus(
-        path, "mmsa", utterances, sequences, language, limits, [path], nbytes, None, cleaned, notes
+        path, "mmsa", utterances, sequences, language, limits, [path], nbytes, cleaned, notes
     )
 
 

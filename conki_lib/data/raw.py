@@ -32,7 +32,6 @@ class RawCorpus:
     label_range: Range
     files: list[Path]
     nbytes: dict[str, int]
-    name: str | None = None
     cleaned: dict[str, int] = field(default_factory=dict)
     notes: dict[str, str] = field(default_factory=dict)
 

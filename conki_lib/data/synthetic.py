@@ -170,16 +170,6 @@ def generate(domain: Domain, seed: int = 0) -> Contents:
     return Contents(table, sequences, notes={"generator": f"seed {seed}, recipe {RECIPE}"})
 
 
-def generate_target(_: object = None) -> Contents:
-    """The corpus ``synthetic``."""
-    return generate(TARGET)
-
-
-def generate_external(_: object = None) -> Contents:
-    """The corpus ``synthetic-external``."""
-    return generate(EXTERNAL)
-
-
 def build(
     destination: Path | str,
     domain: Domain = TARGET,
