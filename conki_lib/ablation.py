@@ -1,4 +1,6 @@
-"""Rows of every table as data: a name, the settings it changes, its meaning; run or load any row.
+"""Rows of every table as data: a name, the settings it changes, its meaning; and their runs.
+
+`conki_lib.training.fine_tune` runs or loads a row.
 
 Source: paper, section 6; parts of C4, readings, switches and sweeps are this project's additions.
 """
@@ -12,7 +14,7 @@ import pandas as pd
 import yaml
 
 from conki_lib.config import PRESETS, RunConfig, near_names
-from conki_lib.records import Record, config_key, find_record, load_records
+from conki_lib.records import Record, config_key, load_records
 
 
 @dataclass(frozen=True)
@@ -184,21 +186,6 @@ def configure(
     full = base.replace(variant="full", **overrides)
     row = base.replace(variant=variant_name, **{**changes, **overrides})
     return full if config_key(row, 2) == config_key(full, 2) else row
-
-
-def run_or_load(config: RunConfig, *, weights: bool = False, fresh: bool = False) -> Record:
-    """The record of a configuration: a committed or local one made by today's code, or a new run.
-
-    Args:
-        config: see `configure`.
-        weights: the trained model is needed too, so a committed record alone will not do.
-        fresh: only a run of this machine will do.
-    """
-    from conki_lib.training import fine_tune  # PyTorch: who only reads tables does without
-
-    record = find_record(config)
-    enough = record is not None and record.is_current and not (fresh or weights)
-    return record if enough else fine_tune(config)
 
 
 # ---- the rows that records hold -----------------------------------------------------------------

@@ -103,10 +103,11 @@ def train(
     fold: Annotated[str | None, typer.Option(help="default: the profile's")] = None,
 ) -> None:
     """Run or load one row without a notebook; several processes: see the README."""
-    from conki_lib.ablation import configure, run_or_load
+    from conki_lib.ablation import configure
     from conki_lib.fitting import is_main
+    from conki_lib.training import fine_tune
 
-    record = run_or_load(configure(profile, variant, seed, fold=fold), weights=True)
+    record = fine_tune(configure(profile, variant, seed, fold=fold))
     if is_main():
         _show([{"split": split, **found} for split, found in record.metrics.items()])
 

@@ -173,17 +173,6 @@ def test_coverage_names_every_row_and_the_reason(held):
     assert len(ablation.coverage("synthetic", pd.DataFrame())) == len(ablation.VARIANTS)
 
 
-def test_run_or_load_takes_a_current_record_and_trains_else(monkeypatch):
-    config, trained, new = ablation.configure("synthetic"), [], record(finished="new")
-    monkeypatch.setattr("conki_lib.training.fine_tune", lambda c: trained.append(c) or new)
-    for found, expected in ((record(), "full-0-1"), (record(code="old"), None), (None, None)):
-        monkeypatch.setattr(ablation, "find_record", lambda c, found=found: found)
-        got = ablation.run_or_load(config)
-        assert got.key == (expected or "full-0-new")
-    monkeypatch.setattr(ablation, "find_record", lambda c: record())
-    assert ablation.run_or_load(config, weights=True) is new and len(trained) == 3
-
-
 def test_rows_that_began_alike_share_a_line_of_stage_1():
     rows = [record(variant, seed) for variant in ("full", "w/o C4", "w/o C3") for seed in (0, 1)]
     rows.append(record("w/o C1", 0))  # has no stage 1

@@ -40,19 +40,19 @@ def test_help_lists_the_commands_of_the_readme(conki):
 def test_train_runs_one_row_and_prints_its_metrics(conki, monkeypatch):
     from types import SimpleNamespace
 
-    from conki_lib import ablation
+    from conki_lib import training
 
     asked = []
 
-    def run(config, *, weights):
-        asked.append((config.variant, config.runtime.seed, config.data.fold, weights))
+    def run(config):
+        asked.append((config.variant, config.runtime.seed, config.data.fold))
         return SimpleNamespace(metrics={"valid": {"mae": 0.5}, "test": {"mae": 0.75}})
 
-    monkeypatch.setattr(ablation, "run_or_load", run)
+    monkeypatch.setattr(training, "fine_tune", run)
     options = ("--profile", "mosi-open", "--variant", "w/o N1")
     result = conki("train", *options, "--seed", 3)
     conki("train", *options, "--fold", "speakers62")
-    assert asked == [("w/o N1", 3, "standard", True), ("w/o N1", 0, "speakers62", True)]
+    assert asked == [("w/o N1", 3, "standard"), ("w/o N1", 0, "speakers62")]
     assert result.exit_code == 0 and "0.75" in result.stdout
     assert failed(conki("train", "--variant", "w/o N3"), "w/o N1")
 
