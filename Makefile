@@ -8,7 +8,7 @@ VENV := .venv
 STAMP := $(VENV)/.installed
 CONKI := $(VENV)/bin/conki
 # one word list of Snakemake settings; empty ones are left to the Snakefile
-OPTIONS = --profile $(PROFILE) --cores $(CORES) $(if $(ROWS),--rows "$(ROWS)") \
+OPTIONS = --profile "$(PROFILE)" --cores $(CORES) $(if $(ROWS),--rows "$(ROWS)") \
 	$(if $(SEEDS),--seeds "$(SEEDS)") $(if $(FOLDS),--folds "$(FOLDS)") $(if $(filter-out 0 no false,$(FRESH)),--fresh)
 
 .PHONY: help setup reproduce ablation notebooks test lab bench
@@ -33,11 +33,11 @@ $(STAMP): requirements.lock pyproject.toml
 
 reproduce: setup  ## stage 1, full and w/o C4, all notebooks  [PROFILE= CORES= FRESH=1]
 	$(CONKI) pipeline $(OPTIONS)
-	@$(CONKI) results $(PROFILE)
+	@$(CONKI) results "$(PROFILE)"
 
 ablation: setup  ## rows of the tables  [PROFILE= ROWS="full,w/o N1" SEEDS=3 FOLDS= CORES=]
 	$(CONKI) pipeline $(OPTIONS) $(if $(ROWS),,--rows all)
-	@$(CONKI) results $(PROFILE)
+	@$(CONKI) results "$(PROFILE)"
 
 notebooks: setup  ## re-execute the committed notebooks on the default profile and write them
 	$(CONKI) pipeline --profile synthetic --cores $(CORES) train

@@ -24,7 +24,7 @@ class _Commands(TyperGroup):
                 os.environ[name] = os.path.abspath(os.environ[name])
         try:
             return super().invoke(ctx)
-        except (ValueError, OSError, RuntimeError, yaml.YAMLError) as error:
+        except (ValueError, OSError, RuntimeError, ArithmeticError, yaml.YAMLError) as error:
             if os.environ.get("CONKI_DEBUG") or isinstance(error, typer.Exit | BrokenPipeError):
                 raise
             typer.secho(f"Error: {_in_words(error)}", fg="red", err=True)

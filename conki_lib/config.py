@@ -191,7 +191,7 @@ class Stage2Config(StageConfig):
 class RuntimeConfig(_Group):
     """What may change rounding, never meaning."""
 
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, lt=2**32)
     precision: Precision = Field(
         "fp32-fast",
         description="losses are always fp32; auto: bf16 where the device has instructions for it",
@@ -294,7 +294,7 @@ class RunConfig(_Group):
         if not isinstance(parameters, dict):
             return parameters
         preset = parameters.get("preset", "default")
-        if preset not in PRESETS:
+        if not isinstance(preset, str) or preset not in PRESETS:
             raise ValueError(f"unknown preset {preset!r}: known are {', '.join(PRESETS)}")
         grouped: dict[str, Any] = {}
         for name, value in {**PRESETS[preset], **parameters}.items():
@@ -396,4 +396,6 @@ def read_profile(profile: str) -> dict[str, Any]:
             raise ValueError(
                 f"{path}: unknown setting {key!r}{near_names(str(key), setting_names())}"
             )
-    return {"profile": profile, **values}
+    if values.setdefault("profile", profile) != profile:
+        raise ValueError(f"{path}: profile is the file's own name, {profile!r}: leave it out")
+    return values

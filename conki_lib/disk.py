@@ -16,6 +16,7 @@ WORDS = {
     errno.EROFS: "the disk is read-only",
     errno.EACCES: "no permission to write",
     errno.EPERM: "no permission to write",
+    errno.ENOTDIR: "a file stands where a folder is needed",
 }
 _PROBE = 1 << 16  # bytes
 
@@ -41,6 +42,8 @@ def disk_problem(folder: Path) -> int | None:
         The number of the error where it is one of `WORDS`, else None.
     """
     while not folder.is_dir() and folder != folder.parent:
+        if folder.exists():
+            return errno.ENOTDIR
         folder = folder.parent
     try:
         with tempfile.TemporaryFile(dir=folder) as file:

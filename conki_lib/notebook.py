@@ -7,7 +7,7 @@ import sys
 import textwrap
 import uuid
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
 from tempfile import TemporaryDirectory, gettempdir
@@ -99,14 +99,21 @@ def notebook_parameters(notebook: str | Path) -> dict[str, Parameter]:
     path = find_notebook(notebook)
     try:
         cells = nbformat.read(path, as_version=4).cells
-    except (ValueError, AttributeError, nbformat.ValidationError) as error:
+    except (ValueError, AttributeError, TypeError, nbformat.ValidationError) as error:
         raise ValueError(f"{path} is no notebook: {error}") from None
     tagged = [cell for cell in cells if "parameters" in cell.metadata.get("tags", [])]
     if not tagged:
         return {}
+    try:
+        names = _assigned_names(tagged[0].source)
+    except SyntaxError as error:
+        raise ValueError(
+            f"{path.name}: the parameters cell is no plain Python ({error}); magic and shell lines "
+            "belong in other cells"
+        ) from None
     seen = {found.name: found for found in PythonTranslator.inspect(tagged[0])}
     declared = {}
-    for name in _assigned_names(tagged[0].source):
+    for name in names:
         if name not in seen:
             raise ValueError(
                 f"{path.name}: papermill cannot read the declaration of {name!r}; write "
@@ -260,15 +267,23 @@ def run_notebook(
     profile = values.get("profile", profile)
     if profile is not None:
         values = check_parameters(path, profile_parameters(path, profile) | values)
-    if "profile" in (declared := notebook_parameters(path)):
-        check_meaning(profile or ast.literal_eval(declared["profile"].default), values)
+    if profile := profile or _default_profile(notebook_parameters(path)):
+        check_meaning(profile, values)
     folder = Path(os.environ.get("CONKI_RUNS", ROOT / "runs")) / "notebooks"
     target = Path(output) if output else folder / (profile or "") / path.name
-    if target.is_dir():
-        raise ValueError(f"output: {target} is a folder; name a file in it")
+    if target.exists() and not target.is_file():
+        raise ValueError(f"output: {target} is a folder or a device; name a file")
+    target = target.resolve() if target.is_symlink() else target
     for place in (target.parent, folder / "failed"):
         make_writable("the executed notebook", place, _GO_ON)
     return _execute(path, values, target, folder / "failed")
+
+
+def _default_profile(declared: Mapping[str, Parameter]) -> str | None:
+    """The profile that a notebook names itself, if it does so plainly."""
+    with suppress(KeyError, ValueError, SyntaxError):
+        return ast.literal_eval(declared["profile"].default)
+    return None
 
 
 def _execute(path: Path, values: dict[str, Any], target: Path, failed: Path) -> Path:

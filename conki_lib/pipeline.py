@@ -36,6 +36,7 @@ from conki_lib.records import (
     write_text,
 )
 
+_MOST_SEEDS = 1000
 _HOLDER = "CONKI_LOCK_HOLDER"  # the process that has locked the runs; `exec` keeps its number
 
 
@@ -43,22 +44,26 @@ def parse_seeds(text: str) -> list[int]:
     """Read seeds: ``"3"`` means the first three, ``"0,4,7"`` these, ``"2-5"`` two to five.
 
     Raises:
-        ValueError: anything else.
+        ValueError: anything else, or more than a thousand.
     """
-    seeds: list[int] = []
+    seeds: Sequence[int] = []
     with contextlib.suppress(ValueError):
         if "," in text:
             seeds = [int(part) for part in text.split(",") if part.strip()]
         elif "-" in text:
             first, last = map(int, text.split("-"))
-            seeds = list(range(first, last + 1))
+            seeds = range(first, min(last, first + _MOST_SEEDS) + 1)
         else:
-            seeds = list(range(int(text)))
+            seeds = range(min(int(text), _MOST_SEEDS + 1))
+    if len(seeds) > _MOST_SEEDS:
+        raise ValueError(
+            f"SEEDS={text!r}: more than {_MOST_SEEDS} seeds; one alone is written {text},"
+        )
     if not seeds or min(seeds) < 0:
         raise ValueError(
             f"SEEDS={text!r}: write a count (3), a list (0,4,7 or 7,) or a range (2-5)"
         )
-    return seeds
+    return list(seeds)
 
 
 def parse_rows(text: str, profile: str) -> list[str]:
@@ -231,9 +236,10 @@ def lock(profile: str) -> list[int]:
             f"another pipeline (process {holder or 'unknown'}) works on {profile!r} in {folder}: "
             "wait until it has ended, or work in a clone of your own"
         ) from None
-    for file in held:
-        os.truncate(file, 0)
-        os.pwrite(file, str(os.getpid()).encode(), 0)
+    for file, (folder, way_out) in zip(held, places.items(), strict=True):
+        with explained("the lock of a pipeline", folder, way_out):
+            os.truncate(file, 0)
+            os.pwrite(file, str(os.getpid()).encode(), 0)
         os.set_inheritable(file, True)
     os.environ[_HOLDER] = str(os.getpid())
     return held

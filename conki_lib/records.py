@@ -26,7 +26,7 @@ import pandas as pd
 from filelock import FileLock
 
 from conki_lib.config import ROOT, Precision, RunConfig
-from conki_lib.disk import in_one_step
+from conki_lib.disk import in_one_step, make_writable
 
 # what determines results; how a store was made is covered by the fingerprint of the data
 RESULT_MODULES = (
@@ -220,7 +220,7 @@ def results_lock(name: str) -> FileLock:
 
 def run_lock(folder: Path) -> FileLock:
     """One process at a time works in a run's folder; others wait, then load what it made."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
+    make_writable("a run", folder.parent, "free some space, or name another folder by CONKI_RUNS")
     return FileLock(folder.with_name(f"{folder.name}.lock"))  # lam=0.1 has a dot
 
 
@@ -325,45 +325,59 @@ def merge(profile: str) -> Path:
         tuning = [r for r in local if r.settings["tuning"]]
         final = [r for r in local if not r.settings["tuning"]]
         if tuning:
-            _merge_records(target / "tuning.jsonl", committed_records(profile, tuning=True), tuning)
+            tuning = _best([*committed_records(profile, tuning=True), *tuning])
+            _write_records(target / "tuning.jsonl", tuning)
         path = target / "records.jsonl"
         if final or path.is_file():
-            kept = _merge_records(path, committed_records(profile), final)
-            _merge_predictions(profile, [r for r in kept if r.stage == 2])
+            kept = _best([*committed_records(profile), *final])
+            tables = _predictions_of(profile, [r for r in kept if r.stage == 2])
+            _write_records(path, kept)
+            if tables:
+                table = pd.concat(tables, ignore_index=True)[["key", *PREDICTION_COLUMNS]]
+                write_table(target / "predictions.parquet", table)
     return path
 
 
-def _merge_records(path: Path, committed: list[Record], local: list[Record]) -> list[Record]:
-    """Write the best of all; a run that only repeats a committed one leaves the file as it was."""
-    kept = _best([*committed, *local])
-    write_text(path, "".join(r.to_json() + "\n" for r in kept))
-    return kept
+def _write_records(path: Path, kept: list[Record]) -> None:
+    write_text(path, "".join(record.to_json() + "\n" for record in kept))
 
 
-def _merge_predictions(profile: str, kept: list[Record]) -> None:
-    path = results_dir(profile) / "predictions.parquet"
-    old = pd.read_parquet(path) if path.is_file() else None
-    parts = []
+def _predictions_of(profile: str, kept: list[Record]) -> list[pd.DataFrame]:
+    """The predictions of some runs, from their folders or from what is committed."""
+    old, parts = _committed_predictions(profile), []
     for record in kept:
-        fresh = record.folder / "predictions.parquet" if record.folder else None
-        if fresh and fresh.is_file():
-            parts.append(pd.read_parquet(fresh).assign(key=record.key))
+        if record.folder:
+            parts.append(_run_predictions(record))
         elif old is not None:
             parts.append(old[old["key"] == record.key])
-    if parts:
-        write_table(path, pd.concat(parts, ignore_index=True)[["key", *PREDICTION_COLUMNS]])
+    return parts
+
+
+def _committed_predictions(profile: str) -> pd.DataFrame | None:
+    path = results_dir(profile) / "predictions.parquet"
+    return _read_table(path, "restore it by git") if path.is_file() else None
+
+
+def _run_predictions(record: Record) -> pd.DataFrame:
+    path = record.folder / "predictions.parquet"
+    return _read_table(path, "remove its folder, to run it anew").assign(key=record.key)
+
+
+def _read_table(path: Path, way_out: str) -> pd.DataFrame:
+    try:
+        return pd.read_parquet(path)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} cannot be read ({error}): {way_out}") from error
 
 
 def predictions(profile: str) -> pd.DataFrame:
     """All predictions of a profile: key, fold, variant, seed, split, id, y, y_hat."""
-    path = results_dir(profile) / "predictions.parquet"
-    committed = pd.read_parquet(path) if path.is_file() else None
+    committed = _committed_predictions(profile)
     frames = [] if committed is None else [committed]
     for record in local_records(profile):
         if record.stage == 2 and not record.settings["tuning"]:
             if committed is None or record.key not in set(committed["key"]):
-                table = pd.read_parquet(record.folder / "predictions.parquet")
-                frames.append(table.assign(key=record.key))
+                frames.append(_run_predictions(record))
     if not frames:
         raise FileNotFoundError(
             f"no predictions for {profile!r}: run `make reproduce PROFILE={profile}`"

@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader
 from conki_lib import records
 from conki_lib.config import ContrastConfig, RunConfig, StageConfig
 from conki_lib.data import FeatureStore, corpus_path, make_loader, open_store, tokenise
+from conki_lib.data.packing import SPLITS
 from conki_lib.encoders import backbone_fingerprint, load_tokenizer
 from conki_lib.fitting import (
     Job,
@@ -106,7 +107,8 @@ def resolve(config: RunConfig) -> tuple[RunConfig, dict[str, FeatureStore]]:
 
     Raises:
         FileNotFoundError: a corpus is missing; says how to get it.
-        ValueError: the target corpus does not hold a wanted modality.
+        ValueError: the target corpus does not hold a wanted modality, or a corpus a split; both
+            have one name.
     """
     target = open_store(corpus_path(config.data.target), config.data.fold)
     stores = {config.data.target: target}
@@ -118,7 +120,20 @@ def resolve(config: RunConfig) -> tuple[RunConfig, dict[str, FeatureStore]]:
         )
     if config.data.external is not None:
         stores[config.data.external] = open_store(corpus_path(config.data.external))
-    widths = {name: dict(store.info.widths) for name, store in stores.items()}
+    for name, store in stores.items():
+        needed = SPLITS if store is target and not config.runtime.tuning else SPLITS[:2]
+        if lacking := [split for split in needed if split not in store.splits]:
+            raise ValueError(
+                f"{name!r}, fold {store.fold!r}, holds no utterance for {' and '.join(lacking)}: "
+                f"choose another fold (there are {', '.join(store.folds)}), or convert files that "
+                f"hold {', '.join(needed)}"
+            )
+    widths = {store.info.name: dict(store.info.widths) for store in stores.values()}
+    if len(widths) < len(stores):
+        raise ValueError(
+            f"target and external both hold a corpus that is called {target.info.name!r}, so their "
+            "input widths cannot be told apart: convert one of them with --name"
+        )
     return config.replace(widths=widths, precision=chosen_precision(config.runtime)), stores
 
 

@@ -224,6 +224,30 @@ def test_what_does_not_fit_is_named(
     assert [p.name for p in tmp_path.iterdir()] == ["c"]
 
 
+@pytest.mark.parametrize(
+    ("folds", "words"),
+    [
+        ({"train": 5}, "a list of video ids is needed"),
+        ({"train": "v"}, "a list of video ids is needed"),
+        ({"train": [], "valid": [], "test": []}, "no video is named"),
+        ({"y": {"train": ["v"]}}, "taken or empty"),
+        ({" ": {"train": ["v"]}}, "taken or empty"),
+    ],
+)
+def test_folds_are_lists_of_videos_under_a_free_name(
+    tmp_path: Path, folds: dict[str, Any], words: str
+) -> None:
+    with pytest.raises(BadFile, match=words):
+        convert(corpus(tmp_path / "raw"), tmp_path / "store", folds=folds)
+
+
+@pytest.mark.parametrize("labels", [np.zeros((2, 0)), np.float64(1.0)])
+def test_labels_without_numbers_are_named(tmp_path: Path, labels: Any) -> None:
+    folder = corpus(tmp_path / "raw", labels={"v": ([[0, 1], [1, 3]], labels)})
+    with pytest.raises(BadFile, match=r"labels.csd: .*(numbers are needed|holds no rows)"):
+        convert(folder, tmp_path / "store")
+
+
 @pytest.mark.parametrize("kind", GARBAGE)
 def test_garbage_in_the_place_of_a_file_is_named(tmp_path: Path, kind: str) -> None:
     make, what, way_out = GARBAGE[kind]

@@ -160,6 +160,23 @@ def test_what_is_no_notebook_is_named(project):
             run_notebook("02_odd")
 
 
+def test_only_files_are_written_and_links_are_followed(project):
+    path = write(project, "print(profile)")
+    link, real = project / "link.ipynb", project / "real.ipynb"
+    link.symlink_to(real)
+    notebook.run_notebook(path, output=link)
+    assert link.is_symlink() and "synthetic" in text_of(real)
+    os.mkfifo(project / "pipe")
+    with pytest.raises(ValueError, match="is a folder or a device"):
+        notebook.run_notebook(path, output=project / "pipe")
+
+
+def test_magic_among_the_parameters_is_named(project):
+    path = write(project, parameters="%matplotlib inline\nlam: float = 0.1")
+    with pytest.raises(ValueError, match="parameters cell is no plain Python"):
+        notebook.notebook_parameters(path)
+
+
 def test_texts_become_the_declared_type(project):
     path = write(project)
     texts = ["lam=1e-3", "seed=3", "fast=false", "profile=3", "fold=none"]

@@ -52,6 +52,12 @@ def test_seeds_that_are_none(text):
         pipeline.parse_seeds(text)
 
 
+@pytest.mark.parametrize("text", ["20261128", "1-99999999999999999999", "9" * 30])
+def test_seeds_by_the_million_are_a_slip(text):
+    with pytest.raises(ValueError, match=f"1000 seeds; one alone is written {text},"):
+        pipeline.parse_seeds(text)
+
+
 def test_rows():
     assert pipeline.parse_rows("full, w/o C4", "synthetic") == ["full", "w/o C4"]
     everything = pipeline.parse_rows("all", "mosi-open")

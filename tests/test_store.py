@@ -14,6 +14,7 @@ import pytest
 from safetensors import safe_open
 
 from conki_lib.data import aside, packing
+from conki_lib.data.formats import inspect_path
 from conki_lib.data.store import open_store, write_store
 
 
@@ -323,6 +324,33 @@ def test_missing_and_damaged_stores_say_what_to_run(tmp_path):
     (path / "info.json").unlink()
     with pytest.raises(FileNotFoundError, match="info.json is missing"):
         open_store(path)
+
+
+@pytest.mark.parametrize("what", ["offsets", "table", "column"])
+def test_tables_and_offsets_that_do_not_fit_are_damaged(tmp_path, what):
+    path = write(tmp_path / "toy")
+    if what == "offsets":
+        content = bytearray((path / "features.safetensors").read_bytes())
+        with safe_open(path / "features.safetensors", "np") as file:
+            last = file.get_tensor("vision.offsets")[-1].astype("<i8").tobytes()
+        content[content.rindex(last)] += 1
+        (path / "features.safetensors").write_bytes(content)
+    else:
+        held = pd.read_parquet(path / "utterances.parquet")
+        held = held.head(3) if what == "table" else held.drop(columns="standard")
+        held.to_parquet(path / "utterances.parquet")
+    with pytest.raises(ValueError, match="damaged or cut off.*remove the folder, then run"):
+        inspect_path(path)
+
+
+def test_a_store_is_written_where_a_link_leads(tmp_path):
+    (tmp_path / "disk").mkdir()
+    for name in ("there", "not_there"):
+        (tmp_path / name).symlink_to(tmp_path / "disk" / name)
+    (tmp_path / "disk" / "there").mkdir()
+    for name in ("there", "not_there"):
+        write(tmp_path / name)
+        assert (tmp_path / name).is_symlink() and len(open_store(tmp_path / name)["train"]) == 4
 
 
 def test_opening_reads_nothing_but_the_description(make_tiny_store):

@@ -35,6 +35,38 @@ def test_both_stages_leave_complete_records(world):
     assert not list(record.folder.glob("*checkpoint*"))
 
 
+def test_a_store_may_lie_under_another_name(world, tmp_path):
+    (tmp_path / "toy").rename(tmp_path / "toy-aligned")
+    record = training.fine_tune(world.replace(target="toy-aligned", epochs=1))
+    assert set(record.settings["widths"]) == {"toy", "far"}
+    shutil.copytree(tmp_path / "far", tmp_path / "far2")
+    with pytest.raises(ValueError, match="both hold a corpus that is called 'far'"):
+        training.resolve(world.replace(target="far", external="far2"))
+
+
+def test_a_corpus_without_a_split_is_refused_before_training(world, make_tiny_store):
+    make_tiny_store("half", sizes=(8, 4, 0))
+    with pytest.raises(
+        ValueError, match="'half', fold 'standard', holds no utterance for test: ch"
+    ):
+        training.fine_tune(world.replace(target="half"))
+    assert not list(records.runs_dir("tiny").glob("*"))
+    training.resolve(world.replace(external="half"))  # stage 1 has no test
+    training.resolve(world.replace(target="half", tuning=True))
+
+
+def test_a_merge_that_cannot_read_predictions_writes_nothing(world):
+    record = training.fine_tune(world)
+    held = (record.folder / "predictions.parquet").read_bytes()
+    (record.folder / "predictions.parquet").write_bytes(held[:-20])
+    with pytest.raises(ValueError, match="cannot be read .*remove its folder, to run it anew"):
+        records.merge("tiny")
+    assert not list(records.results_dir("tiny").glob("*"))
+    (record.folder / "predictions.parquet").write_bytes(held)
+    records.merge("tiny")
+    assert len(records.predictions("tiny")) == 8
+
+
 def test_every_run_has_a_lock_of_its_own(tmp_path):
     with records.run_lock(tmp_path / "lam=0.1-s0-abc"):
         with records.run_lock(tmp_path / "lam=0.1-s1-abc").acquire(timeout=0):

@@ -28,6 +28,7 @@ def written_aside(destination: Path, overwrite: bool) -> Iterator[Path]:
         FileExistsError: another process was quicker.
         DiskError: the disk is full or read-only; what was written so far is removed.
     """
+    destination = destination.resolve()  # the folder that a link names, not the link
     with explained(f"the store {destination.name!r}", destination.parent, _WAY_OUT):
         destination.parent.mkdir(parents=True, exist_ok=True)
         clear_away(destination)

@@ -8,7 +8,7 @@ it touches; here a row belongs to the segment that holds its midpoint, so none i
 import json
 import re
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -20,7 +20,7 @@ import pandas as pd
 
 from conki_lib.config import MODALITY_NAMES
 from conki_lib.data.damage import damaged
-from conki_lib.data.packing import SPLITS
+from conki_lib.data.packing import COLUMNS, LABELS, SPLITS
 from conki_lib.data.pickles import BadFile
 from conki_lib.data.raw import RawCorpus, guess_language
 
@@ -49,7 +49,8 @@ class CsdFile:
             cut = "truncated" in str(error)
             what = "a truncated HDF5 file" if cut else f"no readable HDF5 file ({error})"
             raise BadFile(f"{path} is {what}: get it again") from error
-        roots = [k for k, v in self.file.items() if isinstance(v, h5py.Group) and "data" in v]
+        groups = {k: v for k, v in self.file.items() if isinstance(v, h5py.Group)}
+        roots = [k for k, v in groups.items() if isinstance(v.get("data"), h5py.Group)]
         if len(roots) != 1:
             raise BadFile(
                 f"{path} is an HDF5 file, but no .csd: one group <name>/data is needed, there "
@@ -72,9 +73,12 @@ class CsdFile:
 
     def _dataset(self, key: str, name: str) -> h5py.Dataset:
         try:
-            return self.data[key][name]
-        except (KeyError, ValueError, AttributeError) as error:
+            found = self.data[key][name]
+        except (KeyError, ValueError, AttributeError, TypeError) as error:
             raise BadFile(f"{self.path}: {self.root}/data/{key} has no {name}") from error
+        if not isinstance(found, h5py.Dataset) or not found.ndim:
+            raise BadFile(f"{self.path}: {self.root}/data/{key}/{name} holds no rows")
+        return found
 
     def role(self) -> str:
         """``words``, ``labels``, ``v``, ``a`` or ``unused``: by names, then by content."""
@@ -200,7 +204,7 @@ def _by_role(folder: Path, roles: dict[str, str]) -> dict[str, CsdFile]:
 
 def _segments(labels: CsdFile, cleaned: dict[str, int]) -> pd.DataFrame:
     """One row per labelled segment, by video and time; the clip is its place in the file."""
-    if labels._first.dtype.kind not in "fiu":
+    if labels._first.dtype.kind not in "fiu" or not labels.width:
         raise BadFile(f"{labels.path}: labels are {labels._first.dtype}, numbers are needed")
     rows, dropped = [], 0
     for key in labels.data:
@@ -251,6 +255,8 @@ def _fold_columns(
     columns = {}
     for fold, splits in named.items():
         here = f"{where}, fold {fold!r}"
+        if not str(fold).strip() or fold in (*COLUMNS, *LABELS, "start", "end"):
+            raise BadFile(f"{here}: that name is taken or empty; choose another")
         split_of = _split_of(here, splits)
         column = videos.map(split_of).astype(object)
         for split in [s for s in splits if splits[s] and s not in set(column)]:
@@ -289,10 +295,14 @@ def _split_of(where: str, splits: Any) -> dict[str, str]:
         raise BadFile(f"{where}: lists under {', '.join(SPLITS)} are needed, not {list(splits)}")
     found: dict[str, str] = {}
     for split, ids in splits.items():
+        if isinstance(ids, str) or not isinstance(ids, Iterable):
+            raise BadFile(f"{where}, {split}: a list of video ids is needed, not {ids!r}")
         for video in ids:
             if found.setdefault(str(video), split) != split:
                 raise BadFile(
                     f"{where}: video {video!r} is in {found[str(video)]} and in {split}: training "
                     f"data would leak; leave it in one"
                 )
+    if not found:
+        raise BadFile(f"{where}: no video is named")
     return found

@@ -167,7 +167,8 @@ def convert(
         ValueError: labels outside the range, ids in two splits and the like; names the row.
     """
     destination = Path(destination)
-    scratch = next(folder for folder in destination.absolute().parents if folder.is_dir())
+    folders = (destination.absolute(), *destination.absolute().parents)
+    scratch = next(folder for folder in folders if folder.is_dir())
     clear_away(destination)
     if destination.exists() and any(destination.iterdir() if destination.is_dir() else [1]):
         raise FileExistsError(f"{destination} exists already: remove it, or choose another name")

@@ -19,7 +19,7 @@ import numpy as np
 import pandas as pd
 import torch
 from jaxtyping import Float, Int
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -58,7 +58,7 @@ class StoreInfo(BaseModel):
     label_range: tuple[float, float]
     modalities: tuple[str, ...]
     widths: dict[str, int]
-    counts: dict[str, dict[str, int]]
+    counts: dict[str, dict[str, int]] = Field(min_length=1)
     sources: list[dict[str, Any]] = []
     cleaned: dict[str, int] = {}
     stats: dict[str, dict[str, dict[str, list[float]]]] = {}
@@ -248,7 +248,14 @@ class FeatureStore:
     @cached_property
     def utterances(self) -> pd.DataFrame:
         """The whole table, one row per utterance, in the order of the frames."""
-        return pd.read_parquet(self.path / UTTERANCES)
+        path = self.path / UTTERANCES
+        try:
+            table = pd.read_parquet(path)
+        except (OSError, ValueError) as error:
+            raise _damaged(path, error) from error
+        if lacking := [c for c in (*COLUMNS, *self.folds) if c not in table]:
+            raise _damaged(path, f"it has no column {lacking[0]!r}")
+        return table
 
     @cached_property
     def _values(self) -> dict[str, np.ndarray]:
@@ -257,17 +264,23 @@ class FeatureStore:
 
     @cached_property
     def _offsets(self) -> dict[str, np.ndarray]:
-        return {
-            m: np.array(self._tensor(f"{MODALITY_NAMES[m]}.offsets", "<i8"))
-            for m in self.info.widths
-        }
+        found = {}
+        for m, values in self._values.items():
+            name = f"{MODALITY_NAMES[m]}.offsets"
+            found[m] = offsets = np.array(self._tensor(name, "<i8"))
+            ends = len(offsets) == len(self.utterances) + 1 and (offsets[0], offsets[-1])
+            if ends != (0, len(values)) or (np.diff(offsets) < 0).any():
+                raise _damaged(self.path / FEATURES, f"{name} do not fit the table or the frames")
+        return found
 
     def _tensor(self, key: str, dtype: str) -> np.ndarray:
-        entry = self._header[key]
-        start = self._start + entry["data_offsets"][0]
-        mapped = np.memmap(
-            self.path / FEATURES, dtype, "r", offset=start, shape=tuple(entry["shape"])
-        )
+        path = self.path / FEATURES
+        try:
+            entry = self._header[key]
+            start, shape = self._start + entry["data_offsets"][0], tuple(entry["shape"])
+            mapped = np.memmap(path, dtype, "r", offset=start, shape=shape)
+        except (KeyError, TypeError, ValueError) as error:
+            raise _damaged(path, f"{key}: {error}") from error
         return mapped.view(np.ndarray)  # a slice of a plain array is several times cheaper
 
     def frames(self, m: str, row: int) -> Float[np.ndarray, "l d_in"]:
@@ -350,16 +363,15 @@ def _read_info(path: Path) -> StoreInfo:
     try:
         content = json.loads((path / INFO).read_text(encoding="utf-8"))
         version = content["version"]
+        info = StoreInfo.model_validate(content) if version == VERSION else None
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(
-            f"{path / INFO} is damaged ({error}): remove the folder, then {_way_out(path)}"
-        ) from error
-    if version != VERSION:
+        raise _damaged(path / INFO, error) from error
+    if info is None:
         raise ValueError(
             f"{path} has format version {version}, this library reads {VERSION}: update the "
             f"library, or remove the folder, then {_way_out(path)}"
         )
-    return StoreInfo.model_validate(content)
+    return info
 
 
 def _read_header(path: Path) -> tuple[dict[str, Any], int]:
@@ -374,11 +386,13 @@ def _read_header(path: Path) -> tuple[dict[str, Any], int]:
     except (ValueError, KeyError, AttributeError):
         end = -1
     if end != size:
-        raise ValueError(
-            f"{path} is damaged or cut off ({size} bytes, its header says {end}): remove the "
-            f"folder, then {_way_out(path.parent)}"
-        )
+        raise _damaged(path, f"{size} bytes, its header says {end}")
     return header, 8 + length
+
+
+def _damaged(path: Path, why: object) -> ValueError:
+    way_out = f"remove the folder, then {_way_out(path.parent)}"
+    return ValueError(f"{path} is damaged or cut off ({why}): {way_out}")
 
 
 def _way_out(path: Path) -> str:
