@@ -33,19 +33,19 @@ import matplotlib.pyplot as plt
 import pandas as pd
 import psutil
 import torch
-from report import facts, machine
+from report import facts, machine, publish
 from torch import Tensor
 
 from conki_lib import tiles
 from conki_lib.config import ROOT
 from conki_lib.losses import contrastive_loss, dense_loss, log_f
 from conki_lib.pairs import REPS, rows_of
-from conki_lib.plots.style import INK, MUTED, save_figure, use_style
+from conki_lib.plots.style import INK, MUTED, use_style
 
 D_MODEL, TAU = 768, 0.07
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 GPU = DEVICE.type == "cuda"
-RESULTS, DOCS = ROOT / "results/bench", ROOT / "docs/benchmarks"
+RESULTS = ROOT / "results/bench"
 CLEAR = Path("/proc/self/clear_refs")
 EXTRA = ("compiled", "retiled")  # variants that a CPU leaves out unless asked for
 SLOW = ("loop", "lists")  # variants that take their turn in a few rounds only
@@ -146,9 +146,9 @@ def by_loop(reps: Tensor, y: Tensor, *, mask: Callable) -> Tensor:
     return released(reps.flatten(0, 1), positive.to(reps.device))
 
 
-def released(x: Tensor, positive: Tensor) -> Tensor:
+def released(x: Tensor, positive: Tensor, tau: float = TAU) -> Tensor:
     """The dense loss of rows that all have a positive pair."""
-    scores = log_f(x, x, tau=TAU)
+    scores = log_f(x, x, tau=tau)
     itself = torch.eye(len(x), dtype=torch.bool, device=x.device)
     log_denominator = scores.masked_fill(itself, -math.inf).logsumexp(1)
     return (log_denominator - (scores * positive).sum(1) / positive.sum(1)).mean()
@@ -686,13 +686,10 @@ benchmark, limits included. An empty cell was not run, or failed.""",
 
 def write(result: dict) -> None:
     """Write the records, the figure and the page."""
-    RESULTS.mkdir(parents=True, exist_ok=True)
     name = name_of(result, "contrastive_loss")
-    (RESULTS / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
+    publish(name, result, page(result), draw(result))
     rows = [{"how": how, **row} for how in ("timed", "measured") for row in result[how]]
     pd.DataFrame(rows).to_csv(RESULTS / f"{name}.csv", index=False, float_format="%.6g")
-    save_figure(draw(result), name, "bench", producer="contrastive_loss", folder=DOCS)
-    (DOCS / f"{name}.md").write_text(page(result))
 
 
 def main() -> None:

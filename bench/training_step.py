@@ -38,9 +38,7 @@ import pandas as pd
 import torch
 from contrastive_loss import (
     DEVICE,
-    DOCS,
     GPU,
-    RESULTS,
     committed,
     forget_peak,
     machine_of,
@@ -49,9 +47,11 @@ from contrastive_loss import (
     name_of,
     on_gpu,
     peak,
+    released,
     synchronise,
 )
 from layouts import SPECIAL, save_bert
+from report import publish, published
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -60,9 +60,9 @@ from conki_lib.data import Batch, make_loader, open_store, tokenise
 from conki_lib.data.store import write_store
 from conki_lib.encoders import TransformerStack, load_tokenizer
 from conki_lib.fitting import _InParts, make_optimizer, precision
-from conki_lib.losses import contrastive_loss, log_f, task_loss
+from conki_lib.losses import contrastive_loss, task_loss
 from conki_lib.model import build_model, freeze_for_fine_tuning
-from conki_lib.plots.style import MUTED, PAIR_COLORS, save_figure, use_style
+from conki_lib.plots.style import MUTED, PAIR_COLORS, use_style
 from conki_lib.training import Objective
 
 CORPUS = "shapes"  # of the generated corpus
@@ -309,12 +309,7 @@ def plain_state(state: dict[str, Tensor]) -> dict[str, Tensor]:
 def plain_loss(reps: Tensor, y: Tensor, tau: float) -> Tensor:
     """The contrastive loss per row, its positives found by two Python loops over the pairs."""
     rows = [(k < 3, round(value)) for value in y.tolist() for k in range(6)]
-    positive = mask_of_entries(rows).to(y.device)
-    x = reps.flatten(0, 1)
-    scores = log_f(x, x, tau=tau)
-    itself = torch.eye(len(x), dtype=torch.bool, device=y.device)
-    log_denominator = scores.masked_fill(itself, -math.inf).logsumexp(1)
-    return (log_denominator - (scores * positive).sum(1) / positive.sum(1)).mean()
+    return released(reps.flatten(0, 1), mask_of_entries(rows).to(y.device), tau)
 
 
 # --- data and models ----------------------------------------------------------------------------
@@ -666,7 +661,7 @@ def run(sizes: Sizes, names: list[str], quick: bool, keep_memory: bool = False) 
     if GPU:
         result["memory"] = measure_here(names, sizes)
     elif keep_memory:
-        earlier = json.loads((RESULTS / "training_step.json").read_text())
+        earlier = published("training_step")
         result["memory"] = earlier["memory"]
         result["memory_machine"] = earlier.get("memory_machine", earlier["machine"])
     else:
@@ -882,11 +877,7 @@ with only its own model on the GPU; CUDA's own context, some hundred MB, is not 
 
 def write(result: dict) -> None:
     """Write the record, the figure and the page."""
-    RESULTS.mkdir(parents=True, exist_ok=True)
-    name = name_of(result, "training_step")
-    (RESULTS / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
-    save_figure(draw(result), name, "bench", producer="training_step", folder=DOCS)
-    (DOCS / f"{name}.md").write_text(page(result))
+    publish(name_of(result, "training_step"), result, page(result), draw(result))
 
 
 def main() -> None:
