@@ -395,6 +395,12 @@ def name_of(result: dict, name: str) -> str:
     return f"{name}_cuda" if on_gpu(result) else name
 
 
+def device_of(result: dict) -> str:
+    """The device of a result, as figures name it."""
+    facts = result["machine"]
+    return facts["GPU"] if on_gpu(result) else f"{facts['processor']}, threads: {facts['threads']}"
+
+
 def committed(name: str) -> list[dict]:
     """The results that there are, of a CPU and of a GPU."""
     paths = [RESULTS / f"{name}{ending}.json" for ending in ("", "_cuda")]
@@ -451,7 +457,7 @@ def draw(result: dict) -> plt.Figure:
             right.plot(alone["B"], alone["extra_bytes"] / 2**20, line, color=color, label=label)
     sizes = measured["B"].drop_duplicates().sort_values()
     bound = 3.2 * sizes * len(REPS) * D_MODEL * 4 / 2**20
-    right.plot(sizes, bound, "-.", color=MUTED, label="3.2 R d numbers")
+    right.plot(sizes, bound, "-.", color=MUTED, label="3.2 times the size of the input")
     unit = "seconds" if gpu else "processor seconds"
     left.set(title="Time" if gpu else "Time grows as B²", ylabel=f"{unit}, forward and backward")
     right.set(title="Memory of tiled grows as B", ylabel="MiB beyond the input")
@@ -460,7 +466,13 @@ def draw(result: dict) -> plt.Figure:
         ax.set_xticks(sorted({*timed["B"], *sizes}), sorted({*timed["B"], *sizes}), rotation=45)
         ax.minorticks_off()
     lines = {line.get_label(): line for ax in (left, right) for line in ax.get_lines()}
-    fig.legend(lines.values(), lines, loc="outside right center", fontsize=9)
+    fig.legend(
+        lines.values(),
+        lines,
+        title=device_of(result),
+        title_fontsize=10,
+        loc="outside right center",
+    )
     return fig
 
 

@@ -236,7 +236,7 @@ def draw(result: dict):
     rows = pd.DataFrame(result["sizes"]).groupby(["task", "bytes"]).median(numeric_only=True)
     full = result["full"]
     for task, label, color, marker in (
-        ("load", "pickle.load", "#C1272D", "s-"),
+        ("load", "pickle.load" + ", largest file not tried" * bool(full), "#C1272D", "s-"),
         ("convert", "conki convert", "#2166AC", "o-"),
     ):
         part = rows.loc[task].reset_index()

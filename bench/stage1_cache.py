@@ -29,7 +29,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import torch
-from contrastive_loss import machine_of, median_ratio
+from contrastive_loss import device_of, machine_of, median_ratio
 from layouts import SPECIAL, save_bert
 from report import facts, publish, published
 from torch import nn
@@ -263,22 +263,22 @@ def run(cases: dict[str, Case]) -> dict:
 
 
 def draw(result: dict) -> plt.Figure:
-    """Seconds of an epoch, both ways, per case."""
+    """Processor time of an epoch over its utterances, both ways, per case."""
     use_style()
     rows = pd.DataFrame(result["cases"]).T
     fig, ax = plt.subplots(figsize=(8, 3.6))
-    at = np.arange(len(rows))
+    at, counts = np.arange(len(rows)), rows["utterances"].map(sum)
     sides = (("recomputed", "backbones anew", "P1"), ("cached", "from the cache", "N1"))
     for i, (name, label, color) in enumerate(sides):
-        values = rows[f"{name}_cpu"].astype(float)
+        values = (1000 * rows[f"{name}_cpu"] / counts).astype(float)
         bars = ax.barh(at + 0.4 * i - 0.2, values, 0.36, color=PAIR_COLORS[color], label=label)
         ax.bar_label(bars, [f"{x:.3g}" for x in values], padding=3, fontsize=9)
     ax.set_yticks(at, [label.replace("; ", "\n") for label in rows["label"]])
-    ax.set(title="An epoch of stage 1", xlabel="seconds of processor time")
+    ax.set(title="An utterance in an epoch of stage 1", xlabel="milliseconds of processor time")
     ax.invert_yaxis()
     ax.margins(x=0.1)
     ax.grid(axis="y", visible=False)
-    ax.legend(loc="best")
+    ax.legend(title=device_of(result), title_fontsize=10, loc="best")
     return fig
 
 
@@ -338,7 +338,7 @@ sequence: there is no cache, and stage 1 runs its backbones anew.
 
 {facts}
 
-![processor time of an epoch, both ways](stage1_cache.png)
+![processor time of an utterance in an epoch, both ways](stage1_cache.png)
 
 ## Asked and found
 
