@@ -22,7 +22,6 @@ import argparse
 import json
 import os
 import re
-import signal
 import statistics
 import subprocess
 import sys
@@ -32,7 +31,7 @@ import time
 from importlib.util import find_spec
 from pathlib import Path
 
-from faults import PROFILE, environment, project
+from faults import PROFILE, environment, kill_one, marked, project
 from report import facts, machine, publish, published
 
 JOBS, SLOTS = 200, 2
@@ -132,13 +131,8 @@ class Cluster:
 
     def kill(self, name: str) -> None:
         """SIGKILL all processes of a job, as a cluster does at a time limit or a preemption."""
-        mark = f"SLURM_JOB_ID={name}".encode()
-        for path in Path("/proc").glob("[0-9]*/environ"):
-            try:
-                if mark in path.read_bytes().split(b"\0"):
-                    os.kill(int(path.parent.name), signal.SIGKILL)
-            except OSError:
-                continue  # ended meanwhile
+        for process in marked(f"SLURM_JOB_ID={name}"):
+            kill_one(process)
 
     def running(self, rule: str) -> list[str]:
         """Ids of jobs of a rule that are at work."""

@@ -33,19 +33,19 @@ import matplotlib.pyplot as plt
 import pandas as pd
 import psutil
 import torch
-from report import facts, machine
+from report import facts, machine, publish
 from torch import Tensor
 
 from conki_lib import tiles
 from conki_lib.config import ROOT
 from conki_lib.losses import contrastive_loss, dense_loss, log_f
 from conki_lib.pairs import REPS, rows_of
-from conki_lib.plots.style import INK, MUTED, save_figure, use_style
+from conki_lib.plots.style import INK, MUTED, use_style
 
 D_MODEL, TAU = 768, 0.07
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 GPU = DEVICE.type == "cuda"
-RESULTS, DOCS = ROOT / "results/bench", ROOT / "docs/benchmarks"
+RESULTS = ROOT / "results/bench"
 CLEAR = Path("/proc/self/clear_refs")
 EXTRA = ("compiled", "retiled")  # variants that a CPU leaves out unless asked for
 SLOW = ("loop", "lists")  # variants that take their turn in a few rounds only
@@ -146,9 +146,9 @@ def by_loop(reps: Tensor, y: Tensor, *, mask: Callable) -> Tensor:
     return released(reps.flatten(0, 1), positive.to(reps.device))
 
 
-def released(x: Tensor, positive: Tensor) -> Tensor:
+def released(x: Tensor, positive: Tensor, tau: float = TAU) -> Tensor:
     """The dense loss of rows that all have a positive pair."""
-    scores = log_f(x, x, tau=TAU)
+    scores = log_f(x, x, tau=tau)
     itself = torch.eye(len(x), dtype=torch.bool, device=x.device)
     log_denominator = scores.masked_fill(itself, -math.inf).logsumexp(1)
     return (log_denominator - (scores * positive).sum(1) / positive.sum(1)).mean()
@@ -395,6 +395,12 @@ def name_of(result: dict, name: str) -> str:
     return f"{name}_cuda" if on_gpu(result) else name
 
 
+def device_of(result: dict) -> str:
+    """The device of a result, as figures name it."""
+    facts = result["machine"]
+    return facts["GPU"] if on_gpu(result) else f"{facts['processor']}, threads: {facts['threads']}"
+
+
 def committed(name: str) -> list[dict]:
     """The results that there are, of a CPU and of a GPU."""
     paths = [RESULTS / f"{name}{ending}.json" for ending in ("", "_cuda")]
@@ -451,7 +457,7 @@ def draw(result: dict) -> plt.Figure:
             right.plot(alone["B"], alone["extra_bytes"] / 2**20, line, color=color, label=label)
     sizes = measured["B"].drop_duplicates().sort_values()
     bound = 3.2 * sizes * len(REPS) * D_MODEL * 4 / 2**20
-    right.plot(sizes, bound, "-.", color=MUTED, label="3.2 R d numbers")
+    right.plot(sizes, bound, "-.", color=MUTED, label="3.2 times the size of the input")
     unit = "seconds" if gpu else "processor seconds"
     left.set(title="Time" if gpu else "Time grows as B²", ylabel=f"{unit}, forward and backward")
     right.set(title="Memory of tiled grows as B", ylabel="MiB beyond the input")
@@ -460,7 +466,13 @@ def draw(result: dict) -> plt.Figure:
         ax.set_xticks(sorted({*timed["B"], *sizes}), sorted({*timed["B"], *sizes}), rotation=45)
         ax.minorticks_off()
     lines = {line.get_label(): line for ax in (left, right) for line in ax.get_lines()}
-    fig.legend(lines.values(), lines, loc="outside right center", fontsize=9)
+    fig.legend(
+        lines.values(),
+        lines,
+        title=device_of(result),
+        title_fontsize=10,
+        loc="outside right center",
+    )
     return fig
 
 
@@ -686,13 +698,10 @@ benchmark, limits included. An empty cell was not run, or failed.""",
 
 def write(result: dict) -> None:
     """Write the records, the figure and the page."""
-    RESULTS.mkdir(parents=True, exist_ok=True)
     name = name_of(result, "contrastive_loss")
-    (RESULTS / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
+    publish(name, result, page(result), draw(result))
     rows = [{"how": how, **row} for how in ("timed", "measured") for row in result[how]]
     pd.DataFrame(rows).to_csv(RESULTS / f"{name}.csv", index=False, float_format="%.6g")
-    save_figure(draw(result), name, "bench", producer="contrastive_loss", folder=DOCS)
-    (DOCS / f"{name}.md").write_text(page(result))
 
 
 def main() -> None:

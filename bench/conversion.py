@@ -236,7 +236,7 @@ def draw(result: dict):
     rows = pd.DataFrame(result["sizes"]).groupby(["task", "bytes"]).median(numeric_only=True)
     full = result["full"]
     for task, label, color, marker in (
-        ("load", "pickle.load", "#C1272D", "s-"),
+        ("load", "pickle.load" + ", largest file not tried" * bool(full), "#C1272D", "s-"),
         ("convert", "conki convert", "#2166AC", "o-"),
     ):
         part = rows.loc[task].reset_index()
@@ -375,19 +375,11 @@ def main() -> None:
     if given.task:
         print(json.dumps(TASKS[given.task](given.path)))
         return
-    from conki_lib.config import ROOT
+    from report import publish, published
 
-    results, docs = ROOT / "results/bench/conversion.json", ROOT / "docs/benchmarks"
-    result = json.loads(results.read_text()) if given.page else run(given.quick)
-    if given.quick:
-        print(page(result))
-        return
-    from conki_lib.plots.style import save_figure
-
-    results.parent.mkdir(parents=True, exist_ok=True)
-    results.write_text(json.dumps(result, indent=1) + "\n")
-    save_figure(draw(result), "conversion", "bench", producer="bench/conversion.py", folder=docs)
-    (docs / "conversion.md").write_text(page(result))
+    result = published("conversion") if given.page else run(given.quick)
+    if not given.quick:
+        publish("conversion", result, page(result), draw(result))
     print(page(result))
 
 

@@ -110,10 +110,15 @@ def start(folder: Path, log: Path, *more: str) -> subprocess.Popen:
 
 def ours(folder: Path) -> list[int]:
     """All live processes of the copy; kernels have sessions of their own, so groups miss them."""
-    mark, found = f"CONKI_HOME={folder}".encode(), []
+    return marked(f"CONKI_HOME={folder}")
+
+
+def marked(setting: str) -> list[int]:
+    """All live processes whose environment holds this `NAME=value`."""
+    found = []
     for path in Path("/proc").glob("[0-9]*/environ"):
         try:
-            if mark in path.read_bytes().split(b"\0"):
+            if setting.encode() in path.read_bytes().split(b"\0"):
                 found.append(int(path.parent.name))
         except OSError:
             continue  # ended meanwhile
@@ -128,7 +133,7 @@ def kill(folder: Path, leader: subprocess.Popen, kind: str) -> tuple[str, int | 
     """
     kernels = [p for p in ours(folder) if b"ipykernel_launcher" in _command(p)]
     if kind == "kernel" and kernels:
-        _kill(kernels[-1])
+        kill_one(kernels[-1])
         return kind, leader.wait()
     kind = "first process" if kind == "kernel" else kind
     leader.kill()
@@ -142,11 +147,12 @@ def kill_all(folder: Path) -> None:
     """SIGKILL every process of the copy, and those that they start meanwhile."""
     while found := ours(folder):
         for process in found:
-            _kill(process)
+            kill_one(process)
         time.sleep(0.1)
 
 
-def _kill(process: int) -> None:
+def kill_one(process: int) -> None:
+    """SIGKILL a process, if it still lives."""
     try:
         os.kill(process, signal.SIGKILL)
     except ProcessLookupError:

@@ -5,8 +5,12 @@ import os
 import platform
 from datetime import date
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from conki_lib.records import code_hash
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 HERE = Path(__file__).resolve().parents[1]
 
@@ -36,14 +40,19 @@ def facts(result: dict) -> str:
     return "\n".join(f"- {name}: {value}" for name, value in result["machine"].items())
 
 
-def publish(name: str, result: dict, page: str) -> None:
-    """Write ``results/bench/<name>.json`` and ``docs/benchmarks/<name>.md``."""
+def publish(name: str, result: dict, page: str, figure: "Figure | None" = None) -> None:
+    """Write ``results/bench/<name>.json``, and page and figure ``docs/benchmarks/<name>``."""
     for path, text in (
         (HERE / f"results/bench/{name}.json", json.dumps(result, indent=1)),
         (HERE / f"docs/benchmarks/{name}.md", page.rstrip()),
     ):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text + "\n")
+    if figure:
+        from conki_lib.plots.style import save_figure
+
+        script = name.removesuffix("_cuda")
+        save_figure(figure, name, "bench", producer=script, folder=HERE / "docs/benchmarks")
 
 
 def published(name: str) -> dict:

@@ -29,9 +29,9 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import torch
-from contrastive_loss import DOCS, RESULTS, machine_of, median_ratio
+from contrastive_loss import device_of, machine_of, median_ratio
 from layouts import SPECIAL, save_bert
-from report import facts
+from report import facts, publish, published
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -39,11 +39,10 @@ from conki_lib.config import RunConfig
 from conki_lib.data import FeatureStore, fetch, open_store
 from conki_lib.data.store import write_store
 from conki_lib.fitting import Job, fit, precision
-from conki_lib.losses import task_loss
 from conki_lib.model import build_model, freeze_for_injection
-from conki_lib.plots.style import PAIR_COLORS, save_figure, use_style
+from conki_lib.plots.style import PAIR_COLORS, use_style
 from conki_lib.states import StateReader, cached_states
-from conki_lib.training import make_loaders
+from conki_lib.training import _task_only, make_loaders
 
 CORPUS, NAME = "synthetic-external", "stage1_cache"
 BASE = dict(d=768, layers=12, heads=12, ff=3072)
@@ -77,12 +76,6 @@ CASES = {
 }  # fmt: skip
 SMALL = dict(adapter_width=8, adapter_heads=2, adapter_ff=12, encoder_heads=2, encoder_ff=24)
 QUICK = {"tiny": Case("a tiny BERT and tiny adapters", SMALL, TINY, (64, 16), 2)}
-
-
-def task_only(output, y, *_: float) -> dict:
-    """The loss of stage 1."""
-    loss = task_loss(output.y_hat, y)
-    return {"loss": loss, "loss_task": loss}
 
 
 def part_of(store: FeatureStore, folder: Path, counts: tuple[int, int]) -> FeatureStore:
@@ -155,7 +148,7 @@ class Bench:
         self.model.load_state_dict(self.start)
         job = TimedJob(
             f"{'cached' if cached else 'recomputed'} {turn}", self.model, self.loaders,
-            self.config.stage1, self.config.runtime, task_only, (-3.0, 3.0),
+            self.config.stage1, self.config.runtime, _task_only, (-3.0, 3.0),
             self.folder / f"fit-{cached}-{turn}", self.readers if cached else {},
         )  # fmt: skip
         job.folder.mkdir()
@@ -270,22 +263,22 @@ def run(cases: dict[str, Case]) -> dict:
 
 
 def draw(result: dict) -> plt.Figure:
-    """Seconds of an epoch, both ways, per case."""
+    """Processor time of an epoch over its utterances, both ways, per case."""
     use_style()
     rows = pd.DataFrame(result["cases"]).T
     fig, ax = plt.subplots(figsize=(8, 3.6))
-    at = np.arange(len(rows))
+    at, counts = np.arange(len(rows)), rows["utterances"].map(sum)
     sides = (("recomputed", "backbones anew", "P1"), ("cached", "from the cache", "N1"))
     for i, (name, label, color) in enumerate(sides):
-        values = rows[f"{name}_cpu"].astype(float)
+        values = (1000 * rows[f"{name}_cpu"] / counts).astype(float)
         bars = ax.barh(at + 0.4 * i - 0.2, values, 0.36, color=PAIR_COLORS[color], label=label)
         ax.bar_label(bars, [f"{x:.3g}" for x in values], padding=3, fontsize=9)
     ax.set_yticks(at, [label.replace("; ", "\n") for label in rows["label"]])
-    ax.set(title="An epoch of stage 1", xlabel="seconds of processor time")
+    ax.set(title="An utterance in an epoch of stage 1", xlabel="milliseconds of processor time")
     ax.invert_yaxis()
     ax.margins(x=0.1)
     ax.grid(axis="y", visible=False)
-    ax.legend(loc="best")
+    ax.legend(title=device_of(result), title_fontsize=10, loc="best")
     return fig
 
 
@@ -345,7 +338,7 @@ sequence: there is no cache, and stage 1 runs its backbones anew.
 
 {facts}
 
-![processor time of an epoch, both ways](stage1_cache.png)
+![processor time of an utterance in an epoch, both ways](stage1_cache.png)
 
 ## Asked and found
 
@@ -394,17 +387,14 @@ def main() -> None:
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
     if given.page:
-        result = json.loads((RESULTS / f"{NAME}.json").read_text())
+        result = published(NAME)
     else:
         result = run(QUICK if given.quick else CASES)
     if given.quick:
         draw(result)
         print(page(result))
         return
-    RESULTS.mkdir(parents=True, exist_ok=True)
-    (RESULTS / f"{NAME}.json").write_text(json.dumps(result, indent=1) + "\n")
-    save_figure(draw(result), NAME, "bench", producer=NAME, folder=DOCS)
-    (DOCS / f"{NAME}.md").write_text(page(result))
+    publish(NAME, result, page(result), draw(result))
 
 
 if __name__ == "__main__":

@@ -38,10 +38,9 @@ import pandas as pd
 import torch
 from contrastive_loss import (
     DEVICE,
-    DOCS,
     GPU,
-    RESULTS,
     committed,
+    device_of,
     forget_peak,
     machine_of,
     mask_of_entries,
@@ -49,9 +48,12 @@ from contrastive_loss import (
     name_of,
     on_gpu,
     peak,
+    released,
     synchronise,
 )
 from layouts import SPECIAL, save_bert
+from matplotlib.patches import Patch
+from report import publish, published
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -60,9 +62,9 @@ from conki_lib.data import Batch, make_loader, open_store, tokenise
 from conki_lib.data.store import write_store
 from conki_lib.encoders import TransformerStack, load_tokenizer
 from conki_lib.fitting import _InParts, make_optimizer, precision
-from conki_lib.losses import contrastive_loss, log_f, task_loss
+from conki_lib.losses import contrastive_loss, task_loss
 from conki_lib.model import build_model, freeze_for_fine_tuning
-from conki_lib.plots.style import MUTED, PAIR_COLORS, save_figure, use_style
+from conki_lib.plots.style import MUTED, PAIR_COLORS, use_style
 from conki_lib.training import Objective
 
 CORPUS = "shapes"  # of the generated corpus
@@ -121,9 +123,9 @@ def _ladder() -> dict[str, Variant]:
         "loss": ("closed-form contrastive loss", {"loss": "closed"}),
         "tokens": ("text tokenised once, before", {"tokenised": True}),
         "optimiser": ("fused AdamW", {"fused": True}),
-        "library": ("the library's model: masks, frozen parts without dropout", {"library": True}),
-        "ours": ("fp32-fast products: ours, default precision", {"precision": "fp32-fast"}),
-        "ours bf16": ("bf16 autocast: ours, bf16", {"precision": "bf16"}),
+        "library": ("its own model: masks, frozen parts without dropout", {"library": True}),
+        "ours": ("fp32-fast products, the default precision", {"precision": "fp32-fast"}),
+        "ours bf16": ("bf16 autocast", {"precision": "bf16"}),
     }
     variants = {"plain": Variant("plain")}
     before = "plain"
@@ -133,8 +135,8 @@ def _ladder() -> dict[str, Variant]:
     options = {
         "detached": ("ours bf16", "no gradient through adapters (adapter_gradient: false)"),
         "compiled": ("ours bf16", "torch.compile of all Transformer stacks"),
-        "recomputed": ("ours", "activations recomputed (checkpoint_activations: true)"),
-        "in parts": ("ours", f"in {PARTS} parts, recomputed one by one (accumulate: {PARTS})"),
+        "recomputed": ("ours", "activations, in backward (checkpoint_activations: true)"),
+        "in parts": ("ours", f"{PARTS} of them, recomputed one by one (accumulate: {PARTS})"),
     }
     for name, (base, label) in options.items():
         variants[name] = replace(variants[base], label=label, base=base, option=name)
@@ -142,6 +144,12 @@ def _ladder() -> dict[str, Variant]:
 
 
 VARIANTS = _ladder()
+ROLES = {
+    "plain": PAIR_COLORS["P1"],
+    "on the way: one measure more than the bar above": PAIR_COLORS["N2"],
+    "ours, likewise one more": PAIR_COLORS["N1"],
+    "options, each alone on top of ours or ours bf16": MUTED,
+}
 OPTIONS = tuple(name for name, variant in VARIANTS.items() if variant.option)
 
 
@@ -309,12 +317,7 @@ def plain_state(state: dict[str, Tensor]) -> dict[str, Tensor]:
 def plain_loss(reps: Tensor, y: Tensor, tau: float) -> Tensor:
     """The contrastive loss per row, its positives found by two Python loops over the pairs."""
     rows = [(k < 3, round(value)) for value in y.tolist() for k in range(6)]
-    positive = mask_of_entries(rows).to(y.device)
-    x = reps.flatten(0, 1)
-    scores = log_f(x, x, tau=tau)
-    itself = torch.eye(len(x), dtype=torch.bool, device=y.device)
-    log_denominator = scores.masked_fill(itself, -math.inf).logsumexp(1)
-    return (log_denominator - (scores * positive).sum(1) / positive.sum(1)).mean()
+    return released(reps.flatten(0, 1), mask_of_entries(rows).to(y.device), tau)
 
 
 # --- data and models ----------------------------------------------------------------------------
@@ -666,7 +669,7 @@ def run(sizes: Sizes, names: list[str], quick: bool, keep_memory: bool = False) 
     if GPU:
         result["memory"] = measure_here(names, sizes)
     elif keep_memory:
-        earlier = json.loads((RESULTS / "training_step.json").read_text())
+        earlier = published("training_step")
         result["memory"] = earlier["memory"]
         result["memory_machine"] = earlier.get("memory_machine", earlier["machine"])
     else:
@@ -679,36 +682,46 @@ def run(sizes: Sizes, names: list[str], quick: bool, keep_memory: bool = False) 
 
 
 def table_of(result: dict) -> pd.DataFrame:
-    """Times and memory of all variants."""
+    """Times and memory of all variants, described as today."""
     rows = pd.DataFrame(result["timed"]).set_index("variant")
     memory = pd.DataFrame(result["memory"]).set_index("variant")
-    return rows.assign(gb=memory["peak_bytes"] / 1e9)
+    labels = [VARIANTS[name].label for name in rows.index]
+    return rows.assign(gb=memory["peak_bytes"] / 1e9, label=labels)
 
 
 def draw(result: dict) -> plt.Figure:
     """Seconds and memory of every variant, from plain to ours, options below."""
     use_style()
     rows = table_of(result)[::-1]
-    colors = [color_of(name) for name in rows.index]
-    fig, (left, right) = plt.subplots(1, 2, figsize=(11, 4.8), sharey=True)
-    labels = [f"{name}: {VARIANTS[name].label}" for name in rows.index]
-    labels = [x if VARIANTS[n].base else n for x, n in zip(labels, rows.index, strict=True)]
+    roles = [role_of(name) for name in rows.index]
+    fig, (left, right) = plt.subplots(1, 2, figsize=(11, 5.2), sharey=True)
+    labels = [f"{n}: {x}" if VARIANTS[n].base else n for n, x in rows["label"].items()]
     for ax, column, form in ((left, "clock_seconds", "{:.3g}"), (right, "gb", "{:.1f}")):
-        bars = ax.barh(labels, rows[column], color=colors)
-        ax.bar_label(bars, [form.format(x) for x in rows[column]], padding=3, fontsize=9)
+        bars = ax.barh(labels, rows[column].fillna(0), color=[ROLES[role] for role in roles])
+        texts = ["not measured" if math.isnan(x) else form.format(x) for x in rows[column]]
+        ax.bar_label(bars, texts, padding=3, fontsize=9)
         ax.margins(x=0.12)
         ax.grid(axis="y", visible=False)
     left.set(title="Seconds a step", xlabel="by the clock, medians")
     whose = "PyTorch on the GPU in the" if on_gpu(result) else "a process that takes its"
     right.set(title="Peak memory", xlabel=f"GB of {whose} largest step")
+    patches = [Patch(color=color, label=role) for role, color in ROLES.items()]
+    fig.legend(
+        handles=patches,
+        title=device_of(result),
+        title_fontsize=10,
+        ncols=2,
+        loc="outside lower center",
+    )
     return fig
 
 
-def color_of(name: str) -> str:
-    """Red is plain, blue is ours, pale the way between, grey the options."""
+def role_of(name: str) -> str:
+    """What a variant's bar is, as the legend says it."""
+    plain, rung, ours, option = ROLES
     if VARIANTS[name].option:
-        return MUTED
-    return PAIR_COLORS["P1" if name == "plain" else "N1" if name in ("ours", "ours bf16") else "N2"]
+        return option
+    return plain if name == "plain" else ours if name in ("ours", "ours bf16") else rung
 
 
 def page(result: dict) -> str:
@@ -882,11 +895,7 @@ with only its own model on the GPU; CUDA's own context, some hundred MB, is not 
 
 def write(result: dict) -> None:
     """Write the record, the figure and the page."""
-    RESULTS.mkdir(parents=True, exist_ok=True)
-    name = name_of(result, "training_step")
-    (RESULTS / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
-    save_figure(draw(result), name, "bench", producer="training_step", folder=DOCS)
-    (DOCS / f"{name}.md").write_text(page(result))
+    publish(name_of(result, "training_step"), result, page(result), draw(result))
 
 
 def main() -> None:

@@ -1,6 +1,7 @@
 """The audit: rows are complete, measurements are true, and the page says what was measured."""
 
 import json
+import re
 
 import numpy as np
 import pandas as pd
@@ -20,7 +21,11 @@ SECTION_7 = [
     "padded steps in means", "hidden states", "adapters", "pooling of A_t", "fusion network",
     "stage 1", "stage 2", "model selection", "seeds",
 ]  # fmt: skip
-FOUND = ["adapters attend to padding", "ordered or unordered", "heads in stage 2", "ties"]
+FOUND = [
+    "adapters attend to padding", "ordered or unordered", "heads in stage 2", "ties",
+    "choice of settings", "gradient clipping", "weight decay of biases", "as they are fed",
+    "without a positive",
+]  # fmt: skip
 
 
 def test_every_known_point_is_a_row():
@@ -48,6 +53,17 @@ def test_settings_exist():
             name = part.split(":")[0].strip()
             if name.isidentifier() and name not in ("none", "preset"):
                 assert name in known, (row["point"], name)
+
+
+def test_the_noise_of_a_trial_is_that_of_the_records():
+    (row,) = [row for row in ROWS if row["point"] == "choice of settings"]
+    asked = {"batch_size": 16, "lr_text": 1e-4, "lr_heads": 3e-4, "epochs": 6, "precision": "bf16"}
+    for name in ("tuning", "records"):
+        lines = (ROOT / f"results/mosi-open/{name}.jsonl").read_text().splitlines()
+        runs = [r for r in map(json.loads, lines) if r["variant"] == "full" and r["seed"] == 0]
+        (run,) = [r for r in runs if asked.items() <= r["settings"].items()]
+        said = f"{run['metrics']['valid']['mae']:.3f}".removeprefix("0")
+        assert re.search(rf"{said} in {name}\.jsonl \({run['provenance']['device']}", row["ours"])
 
 
 def test_weighted_p1_is_the_papers_loss_and_a_loop():

@@ -275,6 +275,13 @@ def test_what_the_readme_says_in_short_is_what_the_tables_say(profile):
     if profile == "mosi-open":
         texts = table.loc[["text-only", "text-only + external"], "MAE"]
         assert texts.str.startswith("-").all() and (corrected[texts.index] > 0.05).all()
+        assert float(table.loc["text-only + external", "p (MAE)"]) < 0.05
+        caption = (ROOT / "results" / profile / "tables" / "main.md").read_text().split("\n")[0]
+        assert "of their own: text-only, text-only + external." in caption
+        runs = re.search(
+            r"that chose settings: text-only (\d+), full (\d+); other rows: none", caption
+        )
+        assert int(runs[1]) > int(runs[2])
 
 
 def test_ci_runs_the_readmes_test_command():

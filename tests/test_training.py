@@ -15,11 +15,13 @@ import pytest
 import torch
 from filelock import FileLock, Timeout
 from safetensors.torch import load_file, save_file
+from test_losses import by_loops, random_reps
 
 from conki_lib import fitting, pipeline, records, states, training
-from conki_lib.config import RunConfig, RuntimeConfig
+from conki_lib.config import ContrastConfig, RunConfig, RuntimeConfig
 from conki_lib.data import open_store
-from conki_lib.model import build_model
+from conki_lib.model import Output, build_model
+from conki_lib.pairs import REPS
 
 
 def test_both_stages_leave_complete_records(world):
@@ -65,6 +67,23 @@ def test_a_merge_that_cannot_read_predictions_writes_nothing(world):
     (record.folder / "predictions.parquet").write_bytes(held)
     records.merge("tiny")
     assert len(records.predictions("tiny")) == 8
+
+
+@pytest.mark.parametrize("form", ["released", "paper"])
+@pytest.mark.parametrize("lam", [0.0, 0.1])
+def test_the_objective_is_the_task_plus_lambda_times_the_contrast(lam, form):
+    reps, y = random_reps(4).requires_grad_(), torch.tensor([1.0, -2.0, 0.6, 0.0]).double()
+    y_hat = random_reps(4, K=1, d=1, seed=1).flatten().requires_grad_()
+    found = training.Objective(ContrastConfig(lam=lam, form=form))(Output(y_hat, reps, REPS), y)
+    contrast = by_loops(reps, y, form=form)
+    loss = sum((y_hat[i] - y[i]) ** 2 for i in range(4)) / 4 + lam * contrast
+    torch.testing.assert_close(found["loss"], loss, rtol=0, atol=1e-12)
+    torch.testing.assert_close(found["loss_con"].detach(), contrast.detach(), rtol=0, atol=1e-12)
+    gradients = torch.autograd.grad(found["loss"], (y_hat, reps), allow_unused=True)
+    if lam == 0:
+        assert gradients[1] is None and not found["loss_con"].requires_grad
+        gradients = (gradients[0], torch.zeros_like(reps))
+    torch.testing.assert_close(gradients, torch.autograd.grad(loss, (y_hat, reps)))
 
 
 def test_every_run_has_a_lock_of_its_own(tmp_path):
