@@ -138,6 +138,7 @@ def sources(profile: str) -> dict[str, str]:
     digest = hashlib.sha256()
     base = RunConfig.from_profile(profile)
     files = [*sorted((ROOT / "conki_lib").rglob("*.py")), ROOT / "docs" / "audit.yml"]
+    files += sorted((ROOT / "conki_lib").rglob("*.html"))
     files += [EQUAL_CODE, *sorted((ROOT / "results" / "reported").glob("*.csv"))]
     for path in files:
         digest.update(path.read_bytes() if path.is_file() else b"")

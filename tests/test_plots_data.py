@@ -140,7 +140,7 @@ def test_courses_show_the_feature_that_moves_with_the_label(tmp_path):
     (ax,) = figure.axes
     assert "feature 1" in ax.get_title(loc="left") + ax.get_title()
     end = {line.get_label().split()[0]: line.get_ydata()[-1] for line in ax.lines}
-    assert end["positive"] > 1.5 and end["negative"] < -1.5 and abs(end["neutral"]) < 0.3
+    assert end["positive"] > 1.5 and end["negative"] < -1.5 and abs(end["weak"]) < 0.3
 
 
 def test_probe_figure_has_one_marker_per_group_and_modality(store):
@@ -155,7 +155,7 @@ def test_probe_figure_has_one_marker_per_group_and_modality(store):
     assert len(accuracy.containers) == 3  # text, vision, audio
     assert [t.get_text() for t in accuracy.get_xticklabels()] == ["all", "first\nhalf"]
     drawn = accuracy.containers[0].lines[0].get_ydata()
-    assert np.allclose(drawn, tables[0]["acc2_non0"])
+    assert np.allclose(drawn, 100 * tables[0]["acc2_non0"])
 
 
 def test_pictures_of_generated_corpora(tmp_path):
@@ -175,7 +175,7 @@ def test_pictures_of_generated_corpora(tmp_path):
         "median": {"acc2_non0": 0.5, "corr": np.nan},
     }
     texts = [t.get_text() for ax in probe_plots.ceilings_figure(scores).axes for t in ax.texts]
-    assert texts == ["0.90", "0.50", "0.80", "undefined"]
+    assert texts == ["90.0", "50.0", "0.800", "undefined"]
 
 
 def test_all_pictures_of_a_corpus_can_be_saved_and_are_equal_bytes(store, tmp_path):

@@ -112,6 +112,15 @@ def test_figures_go_to_the_profiles_folder() -> None:
     assert figures_dir("mosi-open") == ROOT / "figures" / "mosi-open"
 
 
+def test_a_note_stands_under_its_figure_in_lines_no_wider_than_it(tmp_path: Path) -> None:
+    figure = plt.figure(figsize=(4, 3))
+    save_figure(figure, "x", "p", producer="nb", note="word " * 40, folder=tmp_path)
+    figure.canvas.draw()
+    written = figure.texts[0] if figure.texts else figure._supxlabel
+    assert written.get_text().split() == ["word"] * 40
+    assert written.get_window_extent().x1 <= figure.bbox.x1
+
+
 @pytest.mark.parametrize("name", ["x.png", "a/b"])
 def test_a_figure_name_is_bare(name: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="bare file name"):
@@ -249,9 +258,9 @@ def test_strip_and_grid_have_a_panel_per_stage() -> None:
 
 def test_the_player_carries_all_steps_and_a_sentence_for_pages_without_scripts() -> None:
     path = torch.stack([ANGLES + 0.1 * k for k in range(9)])
-    html = planes.animate_descent({"with N1": path, "without N1": path}, every=4).data
+    html = planes.animate_descent({"with N1": path, "without N1": path}).data
     data = json.loads(re.search(r"const D = (\{.*?\}), host", html).group(1))
-    assert np.shape(data["paths"]) == (2, 3, 3, 6)
-    np.testing.assert_allclose(data["paths"][0][2], (ANGLES + 0.8).numpy(), atol=5e-4)
+    assert np.shape(data["paths"]) == (2, 9, 3, 6)
+    np.testing.assert_allclose(data["paths"][0][8], (ANGLES + 0.8).numpy(), atol=5e-4)
     still = html.split("<script>")[0]
     assert "still pictures" in still and "http" not in html

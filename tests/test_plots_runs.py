@@ -62,18 +62,36 @@ def test_grey_quadrants_are_those_of_a_wrong_sign(bounds):
 def test_mean_errors_by_hand():
     table = pd.DataFrame({"y": [0.0, 0.0, 1.0, 1.0], "y_hat": [1.0, -3.0, 1.0, 0.5]})
     groups = {"0": np.array([True, True, False, False]), "1": np.array([False, False, True, True]),
-              "none": np.zeros(4, bool), "one": np.array([True, False, False, False])}  # fmt: skip
-    errors = runs.mean_errors({"full": table}, groups).set_index("group")
+              "none": np.zeros(4, bool)}  # fmt: skip
+    errors = runs.mean_errors({"full": table}, groups, list("abcd")).set_index("group")
     assert errors.loc["0", "mae"] == 2.0 and errors.loc["1", "mae"] == 0.25
-    assert errors.loc["0", "half"] == pytest.approx(1.96 * np.sqrt(2) / np.sqrt(2))
     assert errors.loc["none", "n"] == 0 and np.isnan(errors.loc["none", "mae"])
-    assert errors.loc["one", "mae"] == 1.0 and np.isnan(errors.loc["one", "half"])
+    assert errors[["low", "high"]].isna().all(axis=None)  # too few for an interval
+
+
+def test_intervals_of_errors_are_over_videos():
+    """Clips of a video that are all alike count as one, so the interval is as wide as theirs."""
+    rng = np.random.default_rng(0)
+    one = pd.DataFrame({"y": 0.0, "y_hat": rng.normal(size=40)})
+    everyone = {"all": np.ones(40, bool)}
+    (alone,) = runs.mean_errors({"full": one}, everyone, list(map(str, range(40)))).itertuples()
+    four = pd.concat([one] * 4, ignore_index=True)
+    videos = [str(k % 40) for k in range(160)]
+    (repeated,) = runs.mean_errors({"full": four}, {"all": np.ones(160, bool)}, videos).itertuples()
+    assert repeated.n == 160
+    assert (repeated.mae, repeated.low, repeated.high) == pytest.approx(
+        (alone.mae, alone.low, alone.high)
+    )
+    half = 1.96 * one["y_hat"].abs().std() / 40**0.5
+    assert alone.high - alone.low == pytest.approx(2 * half, rel=0.1)
+    few = runs.mean_errors({"full": one}, everyone, [str(k % 9) for k in range(40)])
+    assert np.isnan(few["low"]).all()  # nine videos
 
 
 def test_grouped_errors_stand_side_by_side_with_their_counts():
     table = pd.DataFrame({"y": [0.0, 0.0, 1.0], "y_hat": [1.0, 0.0, 3.0]})
     groups = {"0": np.array([True, True, False]), "1": np.array([False, False, True])}
-    errors = runs.mean_errors({"a": table, "b": table.assign(y_hat=0.0)}, groups)
+    errors = runs.mean_errors({"a": table, "b": table.assign(y_hat=0.0)}, groups, list("abc"))
     ax = runs.grouped_errors(errors, "title").axes[0]
     assert [bar.get_height() for bar in ax.patches] == [0.5, 2.0, 0.0, 1.0]
     assert [tick.get_text() for tick in ax.get_xticklabels()] == ["0\nn = 2", "1\nn = 1"]
@@ -104,10 +122,18 @@ def test_pair_cosines_mark_every_run_and_leave_gaps_for_empty_sets():
 @pytest.mark.parametrize("n_layers", [{"t": 6, "v": 2, "a": 2}, {"v": 2, "a": 2}, {"t": 12}])
 def test_architecture_has_a_box_per_layer_and_module(n_layers):
     plugged = {"t": (0, 2, 4), "v": (1,)}
-    fig = runs.architecture(n_layers, plugged)
+    fig = runs.architecture(n_layers, plugged, reached=tuple(n_layers))
     texts = [t.get_text() for t in fig.axes[0].texts]
     assert sum(t.startswith("layer") for t in texts) == sum(n_layers.values())
     assert texts.count("module") == sum(len(plugged.get(m, ())) for m in n_layers)
     names = [t.get_text() for t in fig.legends[0].get_texts()]
     assert names == ["backbones: frozen", "adapters: learn", "heads: learn"]
     fig.canvas.draw()
+
+
+def test_architecture_sets_apart_what_the_external_corpus_does_not_reach():
+    fig = runs.architecture({"t": 6, "a": 2}, {"t": (0, 2, 4), "a": (1,)}, reached=("t",))
+    dashed = [p for p in fig.axes[0].patches if p.get_linestyle() == "--"]
+    assert len(dashed) == 4  # two layers, a module, the fully connected layer
+    assert all(p.get_x() > 1.8 for p in dashed)
+    assert fig.legends[0].get_texts()[-1].get_text() == "not in stage 1"

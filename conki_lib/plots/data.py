@@ -127,7 +127,7 @@ def label_figure(stores: Mapping[str, FeatureStore]) -> Figure:
 
 def _split_legend(fig: Figure, *more: Patch) -> None:
     handles = [Patch(facecolor=c, label=split) for split, c in SPLIT_COLORS.items()]
-    fig.legend(handles=[*more, *handles], loc="outside lower center", ncols=len(more) + 3)
+    fig.legend(handles=[*more, *handles], loc="outside upper center", ncols=len(more) + 3)
 
 
 def _draw_labels(ax: Axes, y: np.ndarray, label_range: tuple[float, float]) -> int:
@@ -228,7 +228,7 @@ def range_figure(ranges: Mapping[str, pd.DataFrame]) -> Figure:
         for m, ax in zip(modalities, column, strict=True):
             name, rows = MODALITY_NAMES[m], table[table["modality"] == MODALITY_NAMES[m]]
             _draw_ranges(ax, rows, INPUT_COLORS[m])
-            ax.set_title(f"{title}: {len(rows)} {name} features, raw")
+            ax.set_title(f"{title}\n{len(rows)} {name} features")
     return fig
 
 
@@ -317,10 +317,4 @@ def audit_figure(audits: Mapping[str, pd.DataFrame]) -> Figure:
         ax.grid(axis="y", visible=False)
     axes[0, 0].set_yticks(np.arange(len(checks)), checks, fontsize=8)
     axes[0, 0].invert_yaxis()
-    fig.supxlabel(
-        "Conversion refuses repeated ids and labels outside the range, and replaces what "
-        "is not finite: a store has none of them left.",
-        fontsize=8,
-        color=MUTED,
-    )
     return fig

@@ -42,19 +42,16 @@ def _names(masks: PairMasks, reps: Sequence[str]) -> list[str]:
     return row_names(len(masks.P1) // len(reps), reps)
 
 
-def pair_legend(
-    target: Axes | Figure, sets: Sequence[str] = SETS, *, matrix: bool = False, **where: object
-) -> None:
+def pair_legend(target: Axes | Figure, *, matrix: bool = False, **where: object) -> None:
     """Explain the colours of the pair sets in words.
 
     Args:
         target: figure or axes that gets the legend.
-        sets: the sets to explain.
         matrix: show each set as a square of `draw_matrix`, filled and framed as there.
         where: place and columns, as for matplotlib's legend.
     """
     handles = []
-    for name in sets:
+    for name in SETS:
         edge = PAIR_COLORS[name] if name[1] == "1" else MATRIX_COLORS[name]
         look = {"fc": MATRIX_COLORS[name], "ec": edge, "lw": 1.8} if matrix else {}
         look = look or {"color": PAIR_COLORS[name]}
@@ -65,12 +62,10 @@ def pair_legend(
 # ---- pairs --------------------------------------------------------------------------------------
 
 
-def draw_anchor(
-    masks: PairMasks, y: Sequence[float], anchor: str, *, reps: Sequence[str] = REPS
-) -> Figure:
+def draw_anchor(masks: PairMasks, y: Sequence[float], anchor: str) -> Figure:
     """Draw a batch as one anchor sees it: a line to every other row, coloured by the pair's set."""
-    names = _names(masks, reps)
-    places = {name: _place(name, reps) for name in names}
+    names = _names(masks, REPS)
+    places = {name: _place(name) for name in names}
     fig, ax = plt.subplots(figsize=(9.2, 4.1))
     codes = set_codes(masks)[names.index(anchor)]
     for name, code in zip(names, codes, strict=True):
@@ -89,13 +84,13 @@ def draw_anchor(
         ax.text(-0.8, height, FAMILY_NAMES[family], ha="right", va="center", color=MUTED)
     ax.set(xlim=(-3.2, 4 * len(y) - 1), ylim=(-0.95, 2.75))
     ax.axis("off")
-    pair_legend(fig, loc="outside lower center", ncol=2)
+    pair_legend(fig, loc="outside upper center", ncol=2)
     return fig
 
 
-def _place(name: str, reps: Sequence[str]) -> tuple[float, float]:
+def _place(name: str) -> tuple[float, float]:
     rep, sample = name.split("^")
-    column = [r for r in reps if r[0] == rep[0]].index(rep)
+    column = [r for r in REPS if r[0] == rep[0]].index(rep)
     return 4.0 * (int(sample) - 1) + column, 1.6 if rep[0] == "O" else 0.0
 
 
@@ -157,32 +152,27 @@ def _label_rows(ax: Axes, names: Sequence[str], K: int) -> None:
     ax.spines[:].set_visible(False)
 
 
-def compare_matrices(masks: Mapping[str, PairMasks], *, reps: Sequence[str] = REPS) -> Figure:
+def compare_matrices(masks: Mapping[str, PairMasks]) -> Figure:
     """Draw several matrices side by side under their titles."""
-    fig, axes = plt.subplots(1, len(masks), figsize=(6 * len(masks), 6.5))
+    fig, axes = plt.subplots(1, len(masks), figsize=(6 * len(masks), 7.5))
     for ax, (title, one) in zip(np.atleast_1d(axes), masks.items(), strict=True):
-        draw_matrix(one, reps=reps, title=title, ax=ax)
+        draw_matrix(one, title=title, ax=ax)
+    pair_legend(fig, matrix=True, loc="outside upper center", ncol=2)
     return fig
 
 
-def draw_shares(
-    shares: Mapping[str, Float[Tensor, "R R"]],
-    blocks: Mapping[str, int],
-    *,
-    reps: Sequence[str] = REPS,
-) -> Figure:
+def draw_shares(shares: Mapping[str, Float[Tensor, "R R"]], blocks: Mapping[str, int]) -> Figure:
     """Draw softmax shares f / denominator as matrices; the shares inside a frame sum to 1.
 
     Args:
         shares: one matrix per title.
         blocks: per title, how many rows one softmax spans.
-        reps: the representations of a sample.
     """
     fig, axes = plt.subplots(1, len(shares), figsize=(5.8 * len(shares), 5.6))
     for ax, (title, share) in zip(np.atleast_1d(axes), shares.items(), strict=True):
-        names = row_names(len(share) // len(reps), reps)
+        names = row_names(len(share) // len(REPS), REPS)
         image = ax.imshow(share.detach().numpy(), cmap="Greys", vmin=0, vmax=float(share.max()))
-        _label_rows(ax, names, len(reps))
+        _label_rows(ax, names, len(REPS))
         for top in range(0, len(names), blocks[title]):
             frame = Rectangle((-0.5, top - 0.5), len(names), blocks[title], fill=False, lw=2)
             frame.set(edgecolor=FRAME, clip_on=False, zorder=4)
@@ -206,7 +196,7 @@ def draw_temperature(
         labels: the candidates' names.
         sets: the candidates' pair sets, for the colours.
     """
-    fig, axes = plt.subplots(1, len(shares), figsize=(12.4, 4.6), sharex=True, sharey=True)
+    fig, axes = plt.subplots(1, len(shares), figsize=(10.8, 6), sharex=True, sharey=True)
     places, colors = np.arange(len(scores)), [PAIR_COLORS[name] for name in sets]
     ticks = [f"{rep_label(n)}  {float(c):+.2f}" for n, c in zip(labels, scores, strict=True)]
     for ax, (tau, share) in zip(np.atleast_1d(axes), shares.items(), strict=True):
@@ -220,5 +210,5 @@ def draw_temperature(
     axes[0].invert_yaxis()
     axes[0].set(ylabel="candidate, and its cosine with the anchor")
     axes[0].set_xlim(0, 1.08 * max(float(share.max()) for share in shares.values()))
-    pair_legend(fig, loc="outside lower center", ncol=2)
+    pair_legend(fig, loc="outside upper center", ncol=2)
     return fig

@@ -8,6 +8,7 @@ coinciding points stay visible.
 
 import json
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -92,7 +93,6 @@ def draw_planes(
     planes: Mapping[str, Float[Tensor, "B K"]],
     *,
     arrows: Mapping[str, Float[Tensor, "B K"]] | None = None,
-    reps: Sequence[str] = REPS,
     columns: int = 5,
 ) -> Figure:
     """Draw several planes under their titles, in rows of `columns`."""
@@ -104,8 +104,8 @@ def draw_planes(
         ax.axis("off")
     for ax, (title, angles) in zip(axes, planes.items(), strict=False):
         turn = None if arrows is None else arrows[title]
-        draw_plane(angles, arrows=turn, reps=reps, title=title, ax=ax)
-    rep_legend(fig, reps, loc="outside lower center", ncol=len(reps))
+        draw_plane(angles, arrows=turn, title=title, ax=ax)
+    rep_legend(fig, loc="outside upper center", ncol=len(REPS))
     return fig
 
 
@@ -130,97 +130,40 @@ def draw_vectors(angles: Mapping[str, int | float], *, title: str = "") -> Figur
 # ---- descent ------------------------------------------------------------------------------------
 
 
-def draw_descent(
-    paths: Mapping[str, Float[Tensor, "S B K"]],
-    steps: Sequence[int],
-    *,
-    reps: Sequence[str] = REPS,
-) -> Figure:
+def draw_descent(paths: Mapping[str, Float[Tensor, "S B K"]], steps: Sequence[int]) -> Figure:
     """Draw stages of descent as a strip: one line of planes per title, one column per step."""
     size = 2.75
     fig = plt.figure(figsize=(size * len(steps), (size + 0.45) * len(paths) + 0.4))
-    rep_legend(fig, reps, loc="outside lower center", ncol=len(reps))
+    rep_legend(fig, loc="outside upper center", ncol=len(REPS))
     for strip, (title, path) in zip(
         np.atleast_1d(fig.subfigures(len(paths), 1)), paths.items(), strict=True
     ):
         strip.suptitle(title, x=0.01, ha="left", fontsize=11, weight="bold")
         for ax, step in zip(strip.subplots(1, len(steps)), steps, strict=True):
-            draw_plane(path[step], reps=reps, ax=ax)
+            draw_plane(path[step], ax=ax)
             ax.set_title(f"step {step}", loc="center", fontsize=9, weight="normal")
     return fig
 
 
-def animate_descent(
-    paths: Mapping[str, Float[Tensor, "S B K"]], *, reps: Sequence[str] = REPS, every: int = 1
-) -> HTML:
+def animate_descent(paths: Mapping[str, Float[Tensor, "S B K"]]) -> HTML:
     """Make a small player of descent in the plane: play, pause, drag to any step.
 
     Where scripts do not run, on GitHub for instance, a sentence points at the strip instead.
 
     Args:
         paths: per title, the angles after each step.
-        reps: the representations of a sample, in order.
-        every: show every so many steps.
     """
     data = {
         "titles": list(paths),
-        "paths": [np.round(path[::every].numpy(), 3).tolist() for path in paths.values()],
-        "colors": [REP_COLORS[r] for r in reps],
-        "square": [REP_MARKERS[r] == "s" for r in reps],
-        "radius": [round(0.6 * POINT_SIZES[r] ** 0.5, 2) for r in reps],
-        "order": sorted(range(len(reps)), key=lambda k: -POINT_SIZES[reps[k]]),
-        "every": every,
+        "paths": [np.round(path.numpy(), 3).tolist() for path in paths.values()],
+        "colors": [REP_COLORS[r] for r in REPS],
+        "square": [REP_MARKERS[r] == "s" for r in REPS],
+        "radius": [round(0.6 * POINT_SIZES[r] ** 0.5, 2) for r in REPS],
+        "order": sorted(range(len(REPS)), key=lambda k: -POINT_SIZES[REPS[k]]),
         "ring": RING,
     }
-    return HTML(_PLAYER.replace("DATA", json.dumps(data, separators=(",", ":"), ensure_ascii=True)))
-
-
-_PLAYER = """
-<div><p>The animation needs scripts: open the notebook in JupyterLab and run this cell.
-The strip of still pictures beside it shows the same descent.</p></div>
-<script>
-(() => {
-  const D = DATA, host = document.currentScript.previousElementSibling, S = D.paths[0].length;
-  const B = D.paths[0][0].length, w = 330, h = 350, dpr = 2;
-  host.innerHTML = '<canvas></canvas><div style="display:flex;gap:10px;align-items:center">' +
-    '<button>pause</button><input type="range" min="0" value="0" style="width:420px">' +
-    '<span></span></div>';
-  const [canvas, button, range, step] =
-    ['canvas', 'button', 'input', 'span'].map(q => host.querySelector(q));
-  const c = canvas.getContext('2d'), width = w * D.paths.length;
-  canvas.width = width * dpr; canvas.height = h * dpr;
-  canvas.style.cssText = `width:${width}px;height:${h}px;background:white`;
-  c.scale(dpr, dpr); range.max = S - 1;
-  const unit = 130 / (1 + D.ring * (B - 1));
-  const draw = s => D.paths.forEach((path, n) => {
-    const x0 = w * n + w / 2, y0 = h / 2 + 14;
-    c.clearRect(w * n, 0, w, h);
-    c.fillStyle = '#222'; c.font = 'bold 14px sans-serif'; c.fillText(D.titles[n], w * n + 12, 18);
-    path[s].forEach((row, i) => {
-      const r = unit * (1 + D.ring * i);
-      c.strokeStyle = '#ddd'; c.beginPath(); c.arc(x0, y0, r, 0, 7); c.stroke();
-      D.order.forEach(k => {
-        const x = x0 + r * Math.cos(row[k]), y = y0 - r * Math.sin(row[k]), a = D.radius[k];
-        c.beginPath();
-        D.square[k] ? c.rect(x - a, y - a, 2 * a, 2 * a) : c.arc(x, y, a * 1.1, 0, 7);
-        c.fillStyle = D.colors[k]; c.fill(); c.strokeStyle = 'white'; c.stroke();
-      });
-    });
-  });
-  let playing = true, s = 0, wait = 0;
-  const show = () => { draw(s); range.value = s; step.textContent = 'step ' + s * D.every; };
-  button.onclick = () => { playing = !playing; button.textContent = playing ? 'pause' : 'play'; };
-  range.oninput = () => { playing = false; button.textContent = 'play'; s = +range.value; show(); };
-  const timer = setInterval(() => {
-    if (!document.body.contains(host)) return clearInterval(timer);
-    if (!playing) return;
-    if (s < S - 1) { s += 1; wait = 0; } else if (++wait > 20) { s = 0; }
-    show();
-  }, 80);
-  show();
-})();
-</script>
-"""
+    player = Path(__file__).with_name("player.html").read_text()
+    return HTML(player.replace("DATA", json.dumps(data, separators=(",", ":"))))
 
 
 def draw_gaps(gaps: Mapping[str, Float[Tensor, " S"]]) -> Figure:

@@ -9,26 +9,33 @@ from jaxtyping import Float
 from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.patches import Patch
 
 from conki_lib.config import MODALITY_NAMES
 from conki_lib.data.store import SplitView
 from conki_lib.plots.data import INPUT_COLORS, INPUT_MARKERS, SIGNS, SPLIT_COLORS
 from conki_lib.plots.style import INK, MUTED
+from conki_lib.plots.tables import METRIC_NAMES, is_share, show
+from conki_lib.probes import clip_means
 
 CUES = {"said": "t", "shown": "v", "sounded": "a"}
+READERS = {
+    "cues": ("constant, or cues as meant", SPLIT_COLORS["train"]),
+    "oracle": ("knows the felt sentiment", SPLIT_COLORS["test"]),
+    "ridge": ("simple models of the raw data", INPUT_COLORS["v"]),
+}
+BINS = 10  # points of a clip's clock
 
 
 def feature_correlations(view: SplitView, m: str) -> Float[np.ndarray, " d_in"]:
     """Pearson correlation of each feature's mean over the clip with the label; 0 for constants."""
-    x = np.array(
-        [view.store.frames(m, row).mean(axis=0, dtype=np.float64) for row in view.rows.tolist()]
-    )
-    x, y = x - x.mean(axis=0), view.y - view.y.mean()
+    x, y = clip_means(view, m), view.y - view.y.mean()
+    x = x - x.mean(axis=0)
     norm = np.sqrt((x**2).sum(axis=0) * (y**2).sum())
     return np.where(norm > 0, x.T @ y / np.where(norm > 0, norm, 1), 0.0)
 
 
-def course_figure(view: SplitView, names: Mapping[str, Sequence[str]], bins: int = 10) -> Figure:
+def course_figure(view: SplitView, names: Mapping[str, Sequence[str]]) -> Figure:
     """Draw how the feature that moves most with the label runs through a clip, by sentiment.
 
     Steps are put on a clock from 0 (start) to 1 (end); silent steps are left out. Bands are two
@@ -37,36 +44,35 @@ def course_figure(view: SplitView, names: Mapping[str, Sequence[str]], bins: int
     Args:
         view: a split, normally train.
         names: ``"v"``, ``"a"`` -> names of the features, where they are known.
-        bins: points of the clock.
     """
-    low, high = view.store.info.label_range
-    third = (high - low) / 6
-    groups = {"negative": (low, -third), "neutral": (-third, third), "positive": (third, high)}
-    fig, axes = plt.subplots(1, len(view.store.info.widths), figsize=(10, 3.1), squeeze=False)
+    third = np.ptp(view.store.info.label_range) / 6
+    groups = {
+        f"negative (y ≤ −{third:.2g})": view.y <= -third,
+        f"weak (−{third:.2g} < y < {third:.2g})": np.abs(view.y) < third,
+        f"positive (y ≥ {third:.2g})": view.y >= third,
+    }
+    fig, axes = plt.subplots(1, len(view.store.info.widths), figsize=(10, 3.4), squeeze=False)
     for m, ax in zip(view.store.info.widths, axes[0], strict=True):
         r = feature_correlations(view, m)
         k = int(np.abs(r).argmax())
-        clocks = np.stack(
-            [_clock(view.store.frames(m, row), k, bins) for row in view.rows.tolist()]
-        )
-        for (group, (least, most)), tone in zip(groups.items(), (-1, 0, 1), strict=True):
-            inside = (view.y > least) & (view.y < most) if tone == 0 else (view.y * tone >= third)
-            _draw_course(ax, clocks[inside], f"{group} label ({inside.sum():,})", tone)
+        clocks = np.stack([_clock(view.store.frames(m, row), k) for row in view.rows.tolist()])
+        for (group, inside), tone in zip(groups.items(), (-1, 0, 1), strict=True):
+            _draw_course(ax, clocks[inside], f"{group}: {inside.sum():,}", tone)
         label = names.get(m, ())
         ax.set_title(
             f"{MODALITY_NAMES[m]}: {label[k] if len(label) else f'feature {k}'}, r = {r[k]:+.2f}"
         )
         ax.set(xlabel="time in the clip (0 start, 1 end)", ylabel="raw value")
     handles, labels = axes[0, 0].get_legend_handles_labels()
-    fig.legend(handles, labels, loc="outside lower center", ncols=len(groups))
+    fig.legend(handles, labels, loc="outside upper center", ncols=len(groups))
     return fig
 
 
-def _clock(frames: np.ndarray, k: int, bins: int) -> np.ndarray:
+def _clock(frames: np.ndarray, k: int) -> np.ndarray:
     heard = frames.any(axis=1)
-    time = np.minimum((np.arange(len(frames)) + 0.5) / len(frames) * bins, bins - 1).astype(int)
-    total = np.bincount(time[heard], frames[heard, k], bins)
-    count = np.bincount(time[heard], minlength=bins)
+    time = np.minimum((np.arange(len(frames)) + 0.5) / len(frames) * BINS, BINS - 1).astype(int)
+    total = np.bincount(time[heard], frames[heard, k], BINS)
+    count = np.bincount(time[heard], minlength=BINS)
     return np.where(count > 0, total / np.maximum(count, 1), np.nan)
 
 
@@ -97,25 +103,25 @@ def probe_figure(scores: pd.DataFrame) -> Figure:
     groups = list(dict.fromkeys(scores["group"]))
     inputs = [m for m in "tva" if m in set(scores["modality"])]
     fig, axes = plt.subplots(1, 2, figsize=(10, 3.6))
-    for ax, metric in zip(axes, ("acc2_non0", "corr"), strict=True):
+    for ax, metric, scale in zip(axes, ("acc2_non0", "corr"), (100, 1), strict=True):
         for k, m in enumerate(inputs):
             part = scores[scores["modality"] == m].set_index("group").loc[groups]
             place = np.arange(len(groups)) + 0.22 * (k - (len(inputs) - 1) / 2)
-            whiskers = [part[metric] - part[f"{metric}_low"], part[f"{metric}_high"] - part[metric]]
-            ax.errorbar(place, part[metric], np.maximum(whiskers, 0), fmt=INPUT_MARKERS[m], ms=8,
-                        color=INPUT_COLORS[m], mec=INK, mew=0.6,
+            mid, low, high = (scale * part[metric + end] for end in ("", "_low", "_high"))
+            ax.errorbar(place, mid, np.maximum([mid - low, high - mid], 0),
+                        fmt=INPUT_MARKERS[m], ms=8, color=INPUT_COLORS[m], mec=INK, mew=0.6,
                         label=MODALITY_NAMES[m])  # fmt: skip
         ax.set_xticks(np.arange(len(groups)), [g.replace(" / ", "\n") for g in groups])
         ax.set_xlim(-0.5, len(groups) - 0.5)
         ax.grid(axis="x", visible=False)
     majority = scores.drop_duplicates("group")["majority"]
     axes[0].hlines(
-        majority, np.arange(len(groups)) - 0.4, np.arange(len(groups)) + 0.4, color=INK, lw=1
+        100 * majority, np.arange(len(groups)) - 0.4, np.arange(len(groups)) + 0.4, color=INK, lw=1
     )
-    axes[0].set(title="Acc-2 non0 (line: majority class)", ylim=(0.25, 1))
+    axes[0].set(title="Acc-2 non0 (%; line: majority class)", ylim=(25, 100))
     axes[1].axhline(0, color=INK, lw=1)
     axes[1].set(title="correlation (line: 0)", ylim=(-0.5, 1))
-    fig.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
+    fig.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=3)
     return fig
 
 
@@ -130,26 +136,22 @@ def ceilings_figure(scores: Mapping[str, Mapping[str, float]]) -> Figure:
     """
     fig, axes = plt.subplots(1, 2, figsize=(10, 0.9 + 0.28 * len(scores)), sharey=True)
     place = np.arange(len(scores))
-    colors = [_ceiling_color(name) for name in scores]
-    for ax, metric, title in zip(
-        axes, ("acc2_non0", "corr"), ("Acc-2 non0", "correlation"), strict=True
-    ):
+    colors = [READERS.get(name.split(":")[0], READERS["cues"])[1] for name in scores]
+    for ax, metric in zip(axes, ("acc2_non0", "corr"), strict=True):
         values = np.array([row[metric] for row in scores.values()])
-        ax.barh(place, np.nan_to_num(values), color=colors)
+        most = 100 if is_share(metric) else 1
+        ax.barh(place, most * np.nan_to_num(values), color=colors)
         for y, value in zip(place, values, strict=True):
-            text = "undefined" if np.isnan(value) else f"{value:.2f}"
-            ax.text(np.nan_to_num(value) + 0.01, y, text, va="center", fontsize=8)
-        ax.set(title=title, xlim=(0, 1.12), xticks=[0, 0.25, 0.5, 0.75, 1])
+            text = show(metric, value) or "undefined"
+            ax.text(most * (np.nan_to_num(value) + 0.01), y, text, va="center", fontsize=8)
+        ticks = most * np.array([0, 0.25, 0.5, 0.75, 1])
+        ax.set(title=METRIC_NAMES[metric], xlim=(0, 1.14 * most), xticks=ticks)
         ax.grid(axis="y", visible=False)
     axes[0].set_yticks(place, list(scores), fontsize=9)
     axes[0].invert_yaxis()
+    handles = [Patch(label=label, color=color) for label, color in READERS.values()]
+    fig.legend(handles=handles, loc="outside upper center", ncols=len(handles))
     return fig
-
-
-def _ceiling_color(name: str) -> str:
-    if name.startswith("oracle"):
-        return SPLIT_COLORS["test"]
-    return INPUT_COLORS["v"] if name.startswith("ridge") else SPLIT_COLORS["train"]
 
 
 def cue_figure(table: pd.DataFrame) -> Figure:

@@ -8,6 +8,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
 from conki_lib.config import MODALITIES, MODALITY_NAMES
@@ -17,6 +18,7 @@ Point = tuple[float | int, float | int]
 RUN_COLORS = ("#D9730D", "#5B6770", "#B8860B", "#A23B72")
 RUN_STYLES = ("-", "--", ":", "-.")
 RUN_MARKERS = ("o", "s", "^", "D")
+FEWEST = 20  # utterances of a group that has an interval
 TERM_NAMES = {
     "loss": "$L$",
     "loss_task": r"$L_{\mathrm{task}}$ (train)",
@@ -30,6 +32,12 @@ STATE_NAMES = {
     "A before": "$A_m$ before stage 1",
     "A after": "$A_m$ after stage 1",
 }
+PART_COLORS = {
+    "backbones: frozen": "#DDDDDD",
+    "adapters: learn": FAMILY_COLORS["A"],
+    "heads: learn": RUN_COLORS[0],
+}
+ABSENT = "#FFFFFF"  # a modality that the external corpus does not hold
 STATE_COLORS = {"O": FAMILY_COLORS["O"], "A before": "#D9CBE3", "A after": FAMILY_COLORS["A"]}
 
 
@@ -45,15 +53,19 @@ def learning_curves(
         terms: keys of a history's rows.
         best: run -> `Record.best_epoch`.
     """
-    fig, axes = plt.subplots(1, len(terms), figsize=(3.6 * len(terms), 3.0), squeeze=False)
-    for ax, term in zip(axes[0], terms, strict=True):
+    columns = len(terms) if len(terms) <= 3 else 2
+    size = (3.6 * columns, 2.6 * -(-len(terms) // columns) + 0.4)
+    fig = plt.figure(figsize=size)
+    for place, term in enumerate(terms, 1):
+        ax = fig.add_subplot(-(-len(terms) // columns), columns, place)
         for k, (run, history) in enumerate(histories.items()):
             rows = {row["epoch"]: row[term] for row in history if term in row}
             style = dict(color=RUN_COLORS[k % 4], linestyle=RUN_STYLES[k % 4])
             ax.plot(list(rows), list(rows.values()), marker=RUN_MARKERS[k % 4], ms=4, **style)
             if best and best.get(run) in rows:
                 chosen = best[run]
-                ax.plot(chosen, rows[chosen], "o", ms=11, mfc="none", mec=RUN_COLORS[k % 4])
+                ax.plot(chosen, rows[chosen], "o", ms=11, mfc="none", mec=RUN_COLORS[k % 4],
+                        clip_on=False)  # fmt: skip
         ax.set(title=TERM_NAMES.get(term, term), xlabel="epoch")
         ax.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8))
     _legend_of_runs(fig, list(histories), ring=bool(best))
@@ -69,7 +81,7 @@ def _legend_of_runs(fig: Figure, runs: Sequence[str], *, ring: bool = False) -> 
     if ring:
         look = dict(marker="o", ms=10, mfc="none", mec=INK, linestyle="none")
         handles.append(Line2D([], [], label="epoch chosen on validation", **look))
-    fig.legend(handles=handles, loc="outside lower center", ncols=len(handles))
+    fig.legend(handles=handles, loc="outside upper center", ncols=len(handles))
 
 
 def prediction_scatter(
@@ -105,25 +117,34 @@ def prediction_scatter(
 
 
 def mean_errors(
-    tables: Mapping[str, pd.DataFrame], groups: Mapping[str, np.ndarray]
+    tables: Mapping[str, pd.DataFrame], groups: Mapping[str, np.ndarray], videos: Sequence[str]
 ) -> pd.DataFrame:
     """Mean absolute error of each run in each group of utterances, with a 95 % interval.
+
+    Utterances of one video are alike: of the videos that a group stands in, whole ones are drawn
+    with replacement, and the middle 95 % of the errors make the interval.
 
     Args:
         tables: run -> table with columns y and y_hat; all in the same order of utterances.
         groups: name -> which rows (bool).
+        videos: the video of each row.
 
     Returns:
-        Columns run, group, n, mae, half (half the interval's width; NaN below two utterances).
+        Columns run, group, n, mae, low, high (NaN below `FEWEST` utterances or half as many
+        videos).
     """
     rows = []
     for run, table in tables.items():
-        error = (table["y_hat"] - table["y"]).abs().to_numpy()
+        error = pd.Series((table["y_hat"] - table["y"]).abs().to_numpy())
         for group, chosen in groups.items():
-            part = error[chosen]
-            half = 1.96 * part.std(ddof=1) / np.sqrt(len(part)) if len(part) > 1 else np.nan
-            mae = part.mean() if len(part) else np.nan
-            rows.append({"run": run, "group": group, "n": len(part), "mae": mae, "half": half})
+            part = error[chosen].groupby(np.asarray(videos)[chosen]).agg(["sum", "count"])
+            n, low, high = int(part["count"].sum()), np.nan, np.nan
+            if min(n, 2 * len(part)) >= FEWEST:
+                drawn = np.random.default_rng(0).integers(len(part), size=(2000, len(part)))
+                sums = part.to_numpy()[drawn].sum(axis=1)
+                low, high = np.quantile(sums[:, 0] / sums[:, 1], [0.025, 0.975])
+            line = {"run": run, "group": group, "n": n, "mae": error[chosen].mean()}
+            rows.append(line | {"low": low, "high": high})
     return pd.DataFrame(rows)
 
 
@@ -137,7 +158,8 @@ def grouped_errors(errors: pd.DataFrame, title: str = "", xlabel: str = "") -> F
         x = places + (k - (len(runs) - 1) / 2) * width
         hatch = ("", "//", "..", "xx")[k % 4]
         ax.bar(x, part["mae"], 0.92 * width, color=RUN_COLORS[k % 4], hatch=hatch,
-               edgecolor="white", label=run, yerr=part["half"],
+               edgecolor="white", label=run,
+               yerr=[part["mae"] - part["low"], part["high"] - part["mae"]],
                error_kw={"ecolor": INK, "elinewidth": 1})  # fmt: skip
     n = errors[errors["run"] == runs[0]].set_index("group")["n"]
     ax.set_xticks(places, [f"{group}\nn = {n[group]}" for group in groups])
@@ -147,33 +169,33 @@ def grouped_errors(errors: pd.DataFrame, title: str = "", xlabel: str = "") -> F
     return fig
 
 
-def probe_bars(scores: pd.DataFrame, metric: str = "corr", label: str = "correlation") -> Figure:
+def probe_bars(scores: pd.DataFrame) -> Figure:
     """Draw what a linear probe reads of the sentiment in O_m, and in A_m before and after stage 1.
 
     Args:
         scores: columns rows (which utterances: one panel each), modality, state (a key of
-            `STATE_NAMES`), n and the metric.
-        metric: column to draw.
-        label: its name on the axis.
+            `STATE_NAMES`), n and corr.
     """
     panels = list(scores["rows"].unique())
     modalities = [m for m in MODALITIES if m in set(scores["modality"])]
-    size = (max(3.6, 1.1 * len(modalities) + 1.6) * len(panels), 3.3)
-    fig, axes = plt.subplots(1, len(panels), figsize=size, squeeze=False, sharey=True)
-    for ax, panel in zip(axes[0], panels, strict=True):
+    size = (6.6, 0.8 + 2.1 * len(panels))
+    fig, axes = plt.subplots(len(panels), 1, figsize=size, squeeze=False, sharey=True)
+    for ax, panel in zip(axes[:, 0], panels, strict=True):
         part = scores[scores["rows"] == panel]
         for k, (state, color) in enumerate(STATE_COLORS.items()):
-            values = part[part["state"] == state].set_index("modality")[metric].reindex(modalities)
+            values = part[part["state"] == state].set_index("modality")["corr"].reindex(modalities)
             x = np.arange(len(modalities)) + (k - 1) * 0.26
             bars = ax.bar(x, values, 0.24, color=color, label=STATE_NAMES[state])
             ax.bar_label(bars, fmt="%.2f", fontsize=7.5, padding=1)
         ax.set_xticks(range(len(modalities)), [MODALITY_NAMES[m] for m in modalities])
-        ax.set_title(f"{panel}\nn = {part['n'].max()}", fontsize=10)
+        ax.set_title(f"{panel}: {part['n'].max()} utterances", fontsize=10)
         ax.axhline(0, color=MUTED, lw=1)
-        ax.grid(axis="x", visible=False)
-    axes[0, 0].set_ylabel(label)
+        ax.grid(visible=False)  # the numbers stand on the bars
+        ax.spines["bottom"].set_visible(False)
+        ax.margins(y=0.15)
+        ax.set_ylabel("correlation")
     handles, names = axes[0, 0].get_legend_handles_labels()
-    fig.legend(handles, names, loc="outside lower center", ncols=3)
+    fig.legend(handles, names, loc="outside upper center", ncols=3)
     return fig
 
 
@@ -213,38 +235,32 @@ def _pull(name: str) -> str:
 def architecture(
     n_layers: Mapping[str, int],
     plugged: Mapping[str, Sequence[int]],
-    *,
-    trained: Sequence[str] = ("adapters", "heads"),
+    reached: Sequence[str],
+    title: str = "",
 ) -> Figure:
-    """Draw backbones, adapters outside them, and fusion; what is not trained is grey.
+    """Draw stage 1: backbones, adapters outside them, and fusion.
 
     Args:
         n_layers: modality -> number of layers of its backbone.
         plugged: modality -> layers before which the adapter's modules are plugged in.
-        trained: which of "backbones", "adapters", "heads" learn.
+        reached: modalities that the external corpus holds; the others are drawn in dashes.
+        title: a heading.
     """
     count, top = len(n_layers), max(n_layers.values())
-    fig, ax = plt.subplots(figsize=(1.0 + 2.5 * count, 1.3 + 0.44 * (top + 4)))
-    colors = {
-        "backbones": FAMILY_COLORS["O"] if "backbones" in trained else "#DDDDDD",
-        "adapters": FAMILY_COLORS["A"] if "adapters" in trained else "#DDDDDD",
-        "heads": RUN_COLORS[0] if "heads" in trained else "#DDDDDD",
-    }
-    for k, m in enumerate(n_layers):
-        _column(ax, 3.1 * k, m, n_layers[m], plugged.get(m, ()), top, colors)
+    fig, ax = plt.subplots(figsize=(1.6 + 2.5 * count, 1.6 + 0.44 * (top + 4)))
     middle, height = 3.1 * (count - 1) / 2 + 0.85, top + 3.3
-    _box(ax, middle, height, 2.4, r"gate, MLP $\rightarrow\ \hat y$", colors["heads"])
-    for k in range(count):
-        _arrow(ax, (3.1 * k + 0.85, top + 2.55), (middle, height - 0.25))
-    ax.set(xlim=(-0.9, 3.1 * count - 0.6), ylim=(-1.6, height + 0.6), aspect="equal")
+    for k, m in enumerate(n_layers):
+        colors = PART_COLORS if m in reached else dict.fromkeys(PART_COLORS, ABSENT)
+        _column(ax, 3.1 * k, m, n_layers[m], plugged.get(m, ()), top, colors)
+        style = "-" if m in reached else ":"
+        _arrow(ax, (3.1 * k + 0.85, top + 2.55), (middle, height - 0.25), style=style)
+    _box(ax, middle, height, 2.4, r"gate, MLP $\rightarrow\ \hat y$", PART_COLORS["heads: learn"])
+    ax.set(xlim=(-0.9, 3.1 * count - 0.6), ylim=(-1.6, height + 0.6), aspect="equal", title=title)
     ax.axis("off")
-    look = dict(marker="s", ms=10, linestyle="none")
-    handles = [
-        Line2D([], [], color=color, label=f"{part}: {'learn' if part in trained else 'frozen'}",
-               **look)
-        for part, color in colors.items()
-    ]  # fmt: skip
-    fig.legend(handles=handles, loc="outside lower center", ncols=3)
+    handles = [Patch(fc=color, label=part) for part, color in PART_COLORS.items()]
+    if set(n_layers) - set(reached):
+        handles += [Patch(fc=ABSENT, ec=MUTED, ls="--", label="not in stage 1")]
+    fig.legend(handles=handles, loc="outside upper center", ncols=2)
     return fig
 
 
@@ -252,33 +268,35 @@ def _column(
     ax: Axes, x: float, m: str, layers: int, plugged: Sequence[int], top: int, colors: Mapping
 ) -> None:
     """One modality: the backbone at x, the adapter beside it, the fully connected layer on top."""
-    right = x + 1.7
+    right, (backbone, adapter, head) = x + 1.7, colors.values()
+    style, path = ("-", adapter) if adapter != ABSENT else (":", MUTED)
     ax.text(x, -1.3, f"$I_{m}$  {MODALITY_NAMES[m]}", ha="center")
-    _arrow(ax, (x, -1.05), (x, -0.3))
+    _arrow(ax, (x, -1.05), (x, -0.3), style=style)
     for i in range(layers):
-        _box(ax, x, i, 1.1, f"layer {i}", colors["backbones"])
-        _arrow(ax, (x, i + 0.25), (x, i + 0.75 if i + 1 < layers else top + 0.75))
+        _box(ax, x, i, 1.1, f"layer {i}", backbone)
+        end = i + 0.75 if i + 1 < layers else top + 0.75
+        _arrow(ax, (x, i + 0.25), (x, end), style=style)
     for before, i in zip((None, *plugged), plugged, strict=False):
-        _arrow(ax, (x, i - 0.45), (right - 0.6, i), color=colors["adapters"])
-        _box(ax, right, i, 1.15, "module", colors["adapters"])
+        _arrow(ax, (x, i - 0.45), (right - 0.6, i), path, style)
+        _box(ax, right, i, 1.15, "module", adapter)
         if before is not None:
-            _arrow(ax, (right, before + 0.25), (right, i - 0.27), color=colors["adapters"])
+            _arrow(ax, (right, before + 0.25), (right, i - 0.27), path, style)
     ax.text(x, top + 1, f"$O_{m}$", ha="center", va="center", fontsize=13)
-    _arrow(ax, (x, top + 1.25), (x + 0.6, top + 2.05))
+    _arrow(ax, (x, top + 1.25), (x + 0.6, top + 2.05), style=style)
     if plugged:
-        _arrow(ax, (right, plugged[-1] + 0.25), (right, top + 0.75), color=colors["adapters"])
+        _arrow(ax, (right, plugged[-1] + 0.25), (right, top + 0.75), path, style)
         ax.text(right, top + 1, f"$A_{m}$", ha="center", va="center", fontsize=13)
-        _arrow(ax, (right, top + 1.25), (right - 0.6, top + 2.05))
-    _box(ax, x + 0.85, top + 2.3, 1.9, f"FC [$A_{m}$; $O_{m}$]", colors["heads"])
+        _arrow(ax, (right, top + 1.25), (right - 0.6, top + 2.05), style=style)
+    _box(ax, x + 0.85, top + 2.3, 1.9, f"FC [$A_{m}$; $O_{m}$]", head)
 
 
 def _box(ax: Axes, x: float, y: float | int, width: float, text: str, color: str) -> None:
-    box = dict(facecolor=color, edgecolor="white", linewidth=1, zorder=2)
-    ax.add_patch(plt.Rectangle((x - width / 2, y - 0.25), width, 0.5, **box))
-    dark = color not in ("#DDDDDD",)
-    ax.text(x, y, text, ha="center", va="center", fontsize=8.5, color="white" if dark else INK)
+    edge = dict(ec=MUTED, ls="--") if color == ABSENT else dict(ec="white")
+    ax.add_patch(plt.Rectangle((x - width / 2, y - 0.25), width, 0.5, fc=color, zorder=2, **edge))
+    ink = INK if color in (ABSENT, PART_COLORS["backbones: frozen"]) else "white"
+    ax.text(x, y, text, ha="center", va="center", fontsize=8.5, color=ink)
 
 
-def _arrow(ax: Axes, start: Point, end: Point, color: str = MUTED) -> None:
-    style = {"arrowstyle": "-|>", "color": color, "lw": 1.1, "shrinkA": 0, "shrinkB": 0}
-    ax.annotate("", end, start, arrowprops=style)
+def _arrow(ax: Axes, start: Point, end: Point, color: str = MUTED, style: str = "-") -> None:
+    look = {"arrowstyle": "-|>", "color": color, "lw": 1.1, "shrinkA": 0, "shrinkB": 0, "ls": style}
+    ax.annotate("", end, start, arrowprops=look)

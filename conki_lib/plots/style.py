@@ -8,6 +8,7 @@ which the paper frames, pale for P2 and N2. Both scales stay apart for colour-bl
 
 from io import BytesIO
 from pathlib import Path
+from textwrap import fill
 
 import matplotlib as mpl
 import matplotlib.pyplot as plt
@@ -82,15 +83,14 @@ def figures_dir(profile: str) -> Path:
     return ROOT / "figures" / profile
 
 
-def compact(fig: Figure, *, dpi: int = 80) -> DisplayImage:
+def compact(fig: Figure) -> DisplayImage:
     """Show a figure in few bytes, for notebooks with many figures; its file stays as it is saved.
 
     Args:
         fig: the finished figure; it is closed, so that the notebook does not show it twice.
-        dpi: resolution.
     """
     full, small = BytesIO(), BytesIO()
-    fig.savefig(full, dpi=dpi, metadata={"Software": None})
+    fig.savefig(full, dpi=80, metadata={"Software": None})
     plt.close(fig)
     with Image.open(full) as image:
         # of 256 colours; the default method would merge the few points of a legend with others
@@ -99,8 +99,24 @@ def compact(fig: Figure, *, dpi: int = 80) -> DisplayImage:
     return DisplayImage(small.getvalue())
 
 
+def footnote(fig: Figure, text: str) -> Figure:
+    """Write under a figure what is needed to read its file alone, in lines as wide as the figure.
+
+    Legends of such a figure stand above it: below, they would share the footnote's place.
+    """
+    lines = fill(text, int(16 * fig.get_figwidth()))  # at this size an inch takes 16 letters
+    fig.supxlabel(lines, fontsize=8, color=MUTED, x=0.01, ha="left")
+    return fig
+
+
 def save_figure(
-    fig: Figure, name: str, profile: str, *, producer: str, folder: Path | None = None
+    fig: Figure,
+    name: str,
+    profile: str,
+    *,
+    producer: str,
+    note: str = "",
+    folder: Path | None = None,
 ) -> Path:
     """Write a figure as PNG and SVG; drawn again from the same data, the files are the same bytes.
 
@@ -109,6 +125,7 @@ def save_figure(
         name: file name without ending, e.g. ``"02_matrix"``.
         profile: names the folder ``figures/<profile>/``.
         producer: stem of the one notebook that writes this figure; kept in the files' metadata.
+        note: a `footnote`: data, split, n, seed, and what the marks mean.
         folder: another folder, for tests.
 
     Returns:
@@ -126,6 +143,8 @@ def save_figure(
             f"{target.name} of profile {profile!r} is written by {figure_producer(target)!r}: "
             f"{producer!r} must choose another name, or delete the old file"
         )
+    if note:
+        footnote(fig, note)
     unsaid = {".png": "Software", ".svg": "Date"}
     with mpl.rc_context({"svg.hashsalt": "conki"}):
         for ending, field in unsaid.items():
