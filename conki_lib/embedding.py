@@ -26,8 +26,7 @@ from conki_lib.probes import ridge_probe
 from conki_lib.records import Record, config_key, local_records
 
 MOMENTS = ("before training", "after stage 1", "after stage 2")
-METHODS = ("t-SNE", "UMAP")
-SETTINGS = {"t-SNE": "perplexity", "UMAP": "neighbours"}
+SETTINGS = {"t-SNE": "perplexity", "UMAP": "neighbours"}  # method -> its knob
 
 
 class Representations(NamedTuple):
@@ -226,8 +225,8 @@ def project(
     Raises:
         ValueError: unknown method.
     """
-    if method not in METHODS:
-        raise ValueError(f"method={method!r}: known are {', '.join(METHODS)}")
+    if method not in SETTINGS:
+        raise ValueError(f"method={method!r}: known are {', '.join(SETTINGS)}")
     x = PCA(min(50, *rows.shape), random_state=0).fit_transform(rows).astype(np.float32)
     setting = min(setting, max(2, (len(rows) - 1) // 3))
     if method == "t-SNE":

@@ -7,13 +7,13 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Int
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import cross_val_predict
 from torch import Tensor, nn
 
 from conki_lib import training
-from conki_lib.config import MODALITIES, ContrastConfig
+from conki_lib.config import MODALITIES, MODALITY_NAMES, ContrastConfig
 from conki_lib.data import Batch
 from conki_lib.data.store import FeatureStore
 from conki_lib.embedding import MOMENTS, models_along
@@ -158,7 +158,6 @@ def _gradients(loss: Tensor, parameters: list[nn.Parameter]) -> list[Tensor]:
 
 def _shared_parameters(model: nn.Module) -> dict[str, list[tuple[str, nn.Parameter]]]:
     """Trained parameters below the representations, by modality and part."""
-    words = {"t": "text", "v": "vision", "a": "audio"}
     found: dict[str, list] = {}
     for part, parameters in parameter_groups(model).items():
         if part == "heads":
@@ -166,7 +165,8 @@ def _shared_parameters(model: nn.Module) -> dict[str, list[tuple[str, nn.Paramet
         for name, p in parameters:
             if p.requires_grad:
                 kind = "adapter" if part == "adapters" else "backbone"
-                found.setdefault(f"{words[name.split('.')[1]]} {kind}", []).append((name, p))
+                modality = MODALITY_NAMES[name.split(".")[1]]
+                found.setdefault(f"{modality} {kind}", []).append((name, p))
     return found
 
 
@@ -223,7 +223,7 @@ def _word_distance(target: FeatureStore, external: FeatureStore) -> list[tuple[s
         x, x_test = bag_of_words(texts[name], texts["test"], language=target.info.language)
         y_hat = ridge_predict(x, view.y, x_test, standardise=False)
         meaning = "correlation on the target's test split of a ridge on these words"
-        lines.append((f"words of {label}", _corr(y_hat, test.y), meaning))
+        lines.append((f"words of {label}", float(np.corrcoef(y_hat, test.y)[0, 1]), meaning))
     n = min(len(texts["own"]), len(texts["other"]))
     rng = np.random.default_rng(0)
     both = [texts[k][i] for k in ("own", "other") for i in rng.permutation(len(texts[k]))[:n]]
@@ -235,11 +235,7 @@ def _word_distance(target: FeatureStore, external: FeatureStore) -> list[tuple[s
     return lines
 
 
-def _corr(a: Float[np.ndarray, " N"], b: Float[np.ndarray, " N"]) -> float:
-    return float(np.corrcoef(a, b)[0, 1])
-
-
 def class_groups(ids: Iterable[str], classes: Int[np.ndarray, " N"]) -> dict[str, list[str]]:
-    """Ids of the utterances of each sentiment class, under the class's signed number."""
-    ids = np.asarray(list(ids))
-    return {f"{c:+d}" if c else "0": ids[classes == c].tolist() for c in np.unique(classes)}
+    """Ids of the utterances of each sentiment class, under its signed number; empty ones, too."""
+    ids, reach = np.asarray(list(ids)), int(np.abs(classes).max())
+    return {f"{c:+d}" if c else "0": ids[classes == c].tolist() for c in range(-reach, reach + 1)}

@@ -207,8 +207,9 @@ def paired_differences(
         seed: of the bootstrap.
 
     Returns:
-        One line per row and metric: variant, metric, seeds, utterances, difference, low, high, se,
-        p, p_holm (Holm's correction over the rows of this call, metric by metric).
+        One line per row and metric: variant, metric, seeds, utterances, units (videos, or single
+        utterances), difference, low, high, se, p, p_holm (Holm's correction over the rows of this
+        call, metric by metric).
     """
     lines, answers = [], by_run(predictions)
     for name in dict.fromkeys(predictions["variant"]):
@@ -230,7 +231,7 @@ def _differences(
     )
     values = {metric: row[metric] - base[metric] for metric in METRICS[metrics]}
     return [
-        {"variant": name, "metric": metric, "seeds": S, "utterances": N}
+        {"variant": name, "metric": metric, "seeds": S, "utterances": N, "units": units}
         | crossed_interval(value[0], value[1:], units)
         for metric, value in values.items()
     ]

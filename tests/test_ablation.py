@@ -196,7 +196,8 @@ def test_error_changes_by_hand():
     lines = [("full", s, f"u{i}", 0.0, 1.0) for s in (0, 1) for i in range(4)]
     lines += [("w/o N1", s, f"u{i}", 0.0, 1.5 if i < 2 else 0.5) for s in (0, 1) for i in range(4)]
     table = pd.DataFrame(lines, columns=["variant", "seed", "id", "y", "y_hat"])
-    found = error_changes(table, {"first": ["u0", "u1"], "last": ["u2", "u3"], "one": ["u0"]})
+    found = error_changes(table, {"first": ["u0", "u1"], "last": ["u2", "u3"], "one": ["u0"],
+                                 "none": []})  # fmt: skip
     assert found["group"].tolist() == ["first", "last", "one"]
     assert found["difference"].tolist() == [0.5, -0.5, 0.5] and (found["seeds"] == 2).all()
     assert found["se"].tolist()[:2] == [0, 0] and np.isnan(found["se"].iloc[2])  # one utterance
@@ -213,8 +214,8 @@ def test_error_changes_vary_with_seeds_and_utterances():
 
 
 def test_class_groups():
-    groups = class_groups(["a", "b", "c"], np.array([-1, 0, -1]))
-    assert groups == {"-1": ["a", "c"], "0": ["b"]}
+    groups = class_groups(["a", "b", "c"], np.array([-2, 0, -2]))
+    assert groups == {"-2": ["a", "c"], "-1": [], "0": ["b"], "+1": [], "+2": []}
 
 
 def test_gradient_conflict_equals_a_loop(tiny_config, toy_batch):

@@ -84,10 +84,15 @@ def test_difference_table(differences):
     assert table.loc["w/o N1", "MAE"] == "+0.050 [+0.010, +0.090]"
     assert table.loc["TFN", "Acc-2 non0 (points)"] == "+2.0 [+1.0, +3.0]"
     assert table.loc["TFN", ["p (MAE)", "p Holm (MAE)"]].tolist() == ["<0.001", "0.020"]
+    assert table.loc["w/o N1", "p Holm (Acc-2 non0)"] == "0.080"
+    grouped = plots.difference_table(differences.assign(p_group=differences["p"]), METRICS)
+    assert grouped["p Holm in group (MAE)"].tolist() == ["0.010", "<0.001"]
+    shown = ["row", "seeds", "MAE", "p (MAE)", "p Holm (MAE)", "p Holm in group (MAE)"]
+    assert list(plots.brief(grouped.assign(meaning=""))) == [*shown, "Acc-2 non0 (points)"]
 
 
 def test_written_tables_say_the_same(tmp_path, differences):
-    table = plots.difference_table(differences, METRICS)
+    table = plots.difference_table(differences, METRICS).assign(meaning=["no N1 pairs", ""])
     paths = plots.write_tables(table, "d", tmp_path / "toy" / "tables", caption="100 % & more")
     assert pd.read_csv(paths["csv"], dtype=str, keep_default_na=False).equals(table.astype(str))
     tex = paths["tex"].read_text()
@@ -99,9 +104,10 @@ def test_written_tables_say_the_same(tmp_path, differences):
         "Acc-2 non0 (points)",
     ):
         assert part in tex
-    assert tex.count(r"\\") == 3 and "tab:toy-d" in tex
+    assert "N1 pairs" not in tex and tex.count(r"\\") == 3 and "tab:toy-d" in tex
     text = paths["md"].read_text()
     assert text.startswith("100 % & more\n") and "| +0.050 [+0.010, +0.090]" in text
+    assert text.endswith("|\n\n- `w/o N1`: no N1 pairs\n")
     before = {p: p.read_bytes() for p in paths.values()}
     plots.write_tables(table, "d", tmp_path / "toy" / "tables", caption="100 % & more")
     assert all(p.read_bytes() == old for p, old in before.items())
@@ -115,10 +121,18 @@ def test_every_run_is_a_point(runs):
     assert [t.get_text() for t in ax.get_yticklabels()] == ["full  (n = 2)", "w/o N1  (n = 1)"]
 
 
+def test_devices_are_named_where_they_differ(runs):
+    assert plots.devices(runs.assign(device="cpu")) == ""
+    told = plots.devices(runs.assign(device=["cpu", "NVIDIA H200", "cpu"]))
+    assert told.startswith(" On NVIDIA H200, not CPU, rows and seeds: full 1; their differences")
+
+
 def test_colours_of_differences_know_which_way_is_better(differences):
     fig = plots.difference_figure(differences, METRICS)
     look = [[line.get_color() for line in ax.lines if line.get_marker() in "os"] for ax in fig.axes]
     assert look == [[plots.WORSE, plots.BETTER], [plots.OPEN, plots.BETTER]]  # by Holm's p alone
+    ways = [ax.get_xlabel().splitlines()[1] for ax in fig.axes]
+    assert ways == ["left is better", "right is better"]
 
 
 def test_a_row_far_outside_does_not_set_the_axis(differences):
@@ -136,14 +150,16 @@ def test_a_row_far_outside_does_not_set_the_axis(differences):
 def test_other_figures_draw_what_they_are_given(runs, differences):
     changes = pd.DataFrame({"variant": ["w/o N1"] * 2, "group": ["-1", "0"], "p": [0.01, 0.9],
                             "utterances": [30, 40], "difference": [0.2, -0.001]})  # fmt: skip
-    texts = [t.get_text() for t in reasons.change_heatmap(changes).axes[0].texts]
-    assert texts == ["+0.20*", "0"]
-    for few in ({"utterances": 19}, {"p": np.nan}):  # one seed has no p
-        texts = [t.get_text() for t in reasons.change_heatmap(changes.assign(**few)).axes[0].texts]
-        assert texts == ["+0.20", "0"]
-    gradients = pd.DataFrame({"cosine": [0.1, -0.2], "ratio": [0.1, 2.0], "batch": [0, 1]})
+    for seen, star in (({}, "*"), ({"utterances": 19}, ""), ({"p": np.nan}, "")):
+        ax = reasons.change_heatmap(changes.assign(**seen), ("-1", "0", "+1")).axes[0]
+        assert [t.get_text() for t in ax.texts] == [f"+0.20{star}", "0"]  # one seed has no p
+        colours = np.ma.getmaskarray(ax.images[0].get_array()).tolist()
+        assert colours == [[True, True, True] if "utterances" in seen else [False, False, True]]
+        assert ax.get_xticklabels()[2].get_text() == "+1\nn = 0"
+    gradients = pd.DataFrame({"cosine": [0.1, -0.2, 0.3], "ratio": [0.1, 0.2, 9.0]})
     gradients = gradients.assign(moment="start", group="text backbone")
-    assert len(reasons.conflict_figure(gradients).axes) == 2
+    bars = [ax.lines[1].get_xdata().tolist() for ax in reasons.conflict_figure(gradients).axes]
+    assert bars == [[0.1], [0.2]]
     ours = {"full": ([0.7, 0.72], [0.85, 0.87])}
     fig = plots.published_figure(ours, statistics.published("mosi"), ("mae", "acc2_non0"))
     assert {t.get_text() for t in fig.axes[0].texts} >= {"TFN", "MulT"}
@@ -156,18 +172,34 @@ def test_rows_far_outside_do_not_hide_the_others():
     runs = pd.DataFrame(
         [{"variant": row, "group": "components", "seed": k, "mae": mae + rng.uniform(-0.01, 0.01)}
          for row, mae in rows for k in range(5)])  # fmt: skip
-    ax = plots.runs_figure(runs, ["mae"]).axes[0]
-    assert ax.get_xlim()[1] < 1 and [t.get_text() for t in ax.texts] == ["1.49 to 1.51"]
-    (boxed,) = [c for c in ax.collections if c.get_transform() == ax.get_yaxis_transform()
-                or c.get_offset_transform() == ax.get_yaxis_transform()][:1]  # fmt: skip
-    assert len(boxed.get_offsets()) == 5 and all(0.8 < x < 1 for x, _ in boxed.get_offsets())
-    ax = plots.runs_figure(runs[runs["seed"] == 0], ["mae"]).axes[0]  # one seed has no range
-    assert len(ax.texts) == 1 and ax.texts[0].get_text().startswith("1.")
-    assert sum(len(c.get_offsets()) for c in ax.collections[::2]) == 5
-    ax = plots.runs_figure(runs[runs["variant"] != "w/o C3"], ["mae"]).axes[0]
-    assert not ax.texts and sum(len(c.get_offsets()) for c in ax.collections[::2]) == 20
-    same = runs.assign(mae=1.0)  # one run of a row has no range
-    assert not plots.runs_figure(same.drop_duplicates("variant"), ["mae"]).axes[0].texts
+
+    def drawn(some: pd.DataFrame) -> tuple[list[str], int]:
+        ax = plots.runs_figure(some, ["mae"]).axes[0]
+        points = [c for c in ax.collections if hasattr(c, "get_sizes") and len(c.get_sizes())]
+        assert ax.get_xlim()[1] < 1 or not ax.texts
+        return [t.get_text() for t in ax.texts], sum(len(c.get_offsets()) for c in points)
+
+    assert drawn(runs) == (["1.50 (1.49 to 1.51)"], 20)
+    (text,), points = drawn(runs[runs["seed"] == 0])  # one seed has no range
+    assert text.startswith("1.") and "to" not in text and points == 4
+    assert drawn(runs[runs["variant"] != "w/o C3"]) == ([], 20)
+    near = runs["mae"].where((runs["variant"] != "w/o C3") | (runs["seed"] > 0), 0.8)
+    assert drawn(runs.assign(mae=near)) == ([], 25)  # one of its runs lies among the others
+    same = runs.assign(mae=1.0).drop_duplicates("variant")  # one run of a row has no range
+    assert drawn(same) == ([], 5)
+
+
+def test_lines_of_labels_do_not_cross():
+    table = statistics.published("mosi")
+    ax = plots.published_figure({}, table, ("mae", "acc2_non0")).axes[0]
+    lines = [(np.array(t.xy), np.array(t.xyann)) for t in ax.texts]
+
+    def side(a, b, c):
+        return np.sign(np.linalg.det([b - a, c - a]))
+
+    for k, (a, b) in enumerate(lines):
+        for c, d in lines[:k]:
+            assert side(a, b, c) == side(a, b, d) or side(c, d, a) == side(c, d, b)
 
 
 def test_a_sweep_joins_the_seeds_that_every_value_has():

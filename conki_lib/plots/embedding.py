@@ -17,7 +17,7 @@ from conki_lib.plots.style import INK, MUTED, REP_COLORS, REP_MARKERS, rep_label
 
 SIGNS = "PuOr"
 NUMBERS = {
-    "silhouette_kind": ("silhouette, O against A", "larger: kinds apart"),
+    "silhouette_kind": ("silhouette, O against A", "larger: own kind nearer than the other"),
     "silhouette_class": ("silhouette by class", "larger: classes apart"),
     "alignment_P1": ("alignment of P1", "smaller: a sample's views agree"),
     "alignment_P2": ("alignment of P2", "smaller: a class's samples agree"),
@@ -130,31 +130,30 @@ def numbers_figure(numbers: pd.DataFrame) -> Figure:
     return fig
 
 
-def probes_figure(probes: pd.DataFrame, label: str = "correlation of a linear probe") -> Figure:
+def probes_figure(probes: pd.DataFrame) -> Figure:
     """Draw what a linear probe reads of the sentiment in each representation, along training.
 
     Args:
-        probes: columns variant, moment, rep and value.
-        label: of the axis.
+        probes: columns variant (one panel each, downward), moment, rep and value (correlation).
     """
     variants, reps = (list(dict.fromkeys(probes[c])) for c in ("variant", "rep"))
     moments = [m for m in MOMENTS if m in set(probes["moment"])]
-    size = (2.2 + (0.75 * len(reps) + 0.9) * len(variants), 3.3)
-    fig, axes = plt.subplots(1, len(variants), figsize=size, sharey=True, squeeze=False)
-    for ax, variant in zip(axes[0], variants, strict=True):
+    down, size = len(variants), (1.6 + 1.05 * len(reps), 1.3 + 2.3 * len(variants))
+    fig, axes = plt.subplots(down, 1, figsize=size, sharex=True, sharey=True, squeeze=False)
+    for ax, variant in zip(axes[:, 0], variants, strict=True):
         part = probes[probes["variant"] == variant]
         for k, moment in enumerate(moments):
             value = part[part["moment"] == moment].set_index("rep")["value"].reindex(reps)
-            x = np.arange(len(reps)) + 0.26 * (k - (len(moments) - 1) / 2)
-            bars = ax.bar(x, value, 0.24, color=[REP_COLORS[r] for r in reps], edgecolor=INK,
+            x = np.arange(len(reps)) + 0.29 * (k - (len(moments) - 1) / 2)
+            bars = ax.bar(x, value, 0.27, color=[REP_COLORS[r] for r in reps], edgecolor=INK,
                           alpha=(0.3, 0.6, 1.0)[k], lw=0.6)  # fmt: skip
-            ax.bar_label(bars, fmt="%.2f", fontsize=6.5, rotation=90, padding=2)
+            ax.bar_label(bars, fmt="%.2f", fontsize=8, padding=2)
         ax.set_xticks(range(len(reps)), [rep_label(r) for r in reps])
         ax.set_title(variant)
         ax.margins(y=0.16)
+        ax.set_ylabel("correlation")
         ax.axhline(0, color=MUTED, lw=1)
         ax.grid(axis="x", visible=False)
-    axes[0, 0].set_ylabel(label)
     handles = [plt.Rectangle((0, 0), 1, 1, color=INK, alpha=(0.3, 0.6, 1.0)[k], label=moment)
                for k, moment in enumerate(moments)]  # fmt: skip
     fig.legend(handles=handles, loc="outside upper center", ncols=3)

@@ -1,7 +1,7 @@
 """Tables ready to paste (CSV, Markdown, LaTeX) and the pictures that show every run behind them."""
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -10,8 +10,8 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
+from scipy.optimize import linear_sum_assignment
 
 from conki_lib.plots.style import INK, MUTED
 from conki_lib.records import write_text
@@ -22,11 +22,9 @@ METRIC_NAMES = {
     "acc2": "Acc-2 (%)", "f1": "F1 (%)", "acc2_has0": "Acc-2 has0 (%)", "f1_has0": "F1 has0 (%)",
     "acc2_non0": "Acc-2 non0 (%)", "f1_non0": "F1 non0 (%)",
 }  # fmt: skip
-GROUP_COLORS = {
-    "components": "#0B6B3A", "parts of C4": "#C1272D", "modalities": "#2166AC",
-    "controls": "#8A6D00", "readings": "#5B2A86", "sweeps": "#5B6770",
-    "switches": "#00736B",
-}  # fmt: skip
+GROUP_COLORS = {"components": "#0B6B3A", "parts of C4": "#C1272D", "modalities": "#2166AC",
+                "controls": "#8A6D00", "readings": "#5B2A86", "sweeps": "#5B6770",
+                "switches": "#00736B"}  # fmt: skip
 GROUP_MARKERS = {"components": "o", "parts of C4": "s", "modalities": "^", "controls": "D",
                  "readings": "v", "sweeps": "P", "switches": "X"}  # fmt: skip
 BETTER, WORSE, OPEN = "#2166AC", "#C1272D", "#8A8A8A"
@@ -91,22 +89,25 @@ def difference_table(differences: pd.DataFrame, metrics: Sequence[str]) -> pd.Da
     """Paired differences as text: ``+0.012 [-0.003, +0.027]``; after the MAE's its p, corrected.
 
     Args:
-        differences: from `conki_lib.statistics.paired_differences`.
-        metrics: columns of the table.
+        differences: from `conki_lib.statistics.paired_differences`; a column p_group, where there
+            is one, is the p corrected within a row's group.
+        metrics: columns of the table; Holm's p of others than the MAE stands last, see `brief`.
     """
     lines = []
     for name, part in differences.groupby("variant", sort=False):
         part = part.set_index("metric")
-        line = {"row": name, "seeds": int(part["seeds"].iloc[0])}
+        line, last = {"row": name, "seeds": int(part["seeds"].iloc[0])}, {}
         for m in metrics:
             k, digits = (100, 1) if is_share(m) else (1, 3)
             d, low, high = (part.loc[m, c] * k for c in ("difference", "low", "high"))
             shown = f"{d:+.{digits}f} [{low:+.{digits}f}, {high:+.{digits}f}]"
             line[METRIC_NAMES[m].replace("(%)", "(points)")] = shown if np.isfinite(d) else ""
             if m == "mae":
-                line |= {"p (MAE)": _p(part.loc[m, "p"])}
-                line |= {"p Holm (MAE)": _p(part.loc[m, "p_holm"])}
-        lines.append(line)
+                names = {"p": "p", "p_holm": "p Holm", "p_group": "p Holm in group"}
+                line |= {f"{p} (MAE)": _p(part.loc[m, c]) for c, p in names.items() if c in part}
+            else:
+                last[f"p Holm ({METRIC_NAMES[m].replace(' (%)', '')})"] = _p(part.loc[m, "p_holm"])
+        lines.append(line | last)
     return pd.DataFrame(lines)
 
 
@@ -119,18 +120,36 @@ _LATEX = {"&": r"\&", "%": r"\%", "_": r"\_", "#": r"\#", "±": r"$\pm$", "<": "
 
 def latex(table: pd.DataFrame, caption: str = "", label: str = "") -> str:
     """Write a table of text as LaTeX with booktabs rules, ready to paste."""
+    columns = "l" + "r" * (table.shape[1] - 1)
+    return table.rename(columns=_tex).style.hide().format(_tex).to_latex(
+        column_format=columns, position_float="centering", hrules=True, caption=_tex(caption),
+        label=label or None,
+    )  # fmt: skip
 
-    def line(values: Iterable[object]) -> str:
-        cells = ["".join(_LATEX.get(c, c) for c in str(v)) for v in values]
-        cells = [re.sub(r"(?<![\w.])-(?=\d)", "$-$", cell) for cell in cells]
-        return " & ".join(cells) + r" \\"
 
-    body = [line(row) for row in table.itertuples(index=False)]
-    head = [r"\begin{table}", r"\centering", rf"\caption{{{line([caption])[:-3]}}}"]
-    head += [rf"\label{{{label}}}"] if label else []
-    head += [rf"\begin{{tabular}}{{l{'r' * (table.shape[1] - 1)}}}", r"\toprule"]
-    rules = [line(table.columns), r"\midrule", *body, r"\bottomrule"]
-    return "\n".join([*head, *rules, r"\end{tabular}", r"\end{table}", ""])
+def _tex(value: object) -> str:
+    text = "".join(_LATEX.get(c, c) for c in str(value))
+    return re.sub(r"(?<![\w.])-(?=\d)", "$-$", text)
+
+
+def brief(table: pd.DataFrame) -> pd.DataFrame:
+    """A table without what its CSV alone holds: meanings of rows, Holm's p of other metrics."""
+    return table.loc[:, ~table.columns.str.match(r"meaning|p Holm \((?!MAE)")]
+
+
+def devices(runs: pd.DataFrame) -> str:
+    """Say for a caption which runs were made on another device than most; empty if none was.
+
+    Args:
+        runs: from `conki_lib.ablation.run_table`, those that are shown.
+    """
+    where = runs["device"].replace("cpu", "CPU")
+    usual, told = where.mode()[0], ""
+    for device, part in runs[where != usual].groupby(where):
+        rows = part.groupby("variant", sort=False)["seed"].agg(lambda s: " ".join(map(str, s)))
+        told += f" On {device}, not {usual}, rows and seeds: {'; '.join(rows.index + ' ' + rows)}; "
+        told += f"their differences to {usual} runs include that of the device."
+    return told
 
 
 def write_tables(
@@ -139,7 +158,8 @@ def write_tables(
     """Write one table as CSV, Markdown and LaTeX, each in one step.
 
     Args:
-        table: cells of text or numbers, index not written.
+        table: cells of text or numbers, index not written; see `brief` for what the CSV alone has.
+            Meanings of rows, in a column of that name, stand below the Markdown table.
         name: file name without ending.
         folder: such as ``results/<profile>/tables``.
         caption: what the table shows: corpus, seeds, n.
@@ -147,11 +167,13 @@ def write_tables(
     Returns:
         Ending -> path.
     """
-    markdown = table.to_markdown(index=False, disable_numparse=True)
+    shown, rows = brief(table), table[table["meaning"] != ""] if "meaning" in table else table[:0]
+    legend = "\n".join(f"- `{row['row']}`: {row['meaning']}" for _, row in rows.iterrows())
+    parts = [caption, shown.to_markdown(index=False, disable_numparse=True), legend]
     texts = {
         "csv": table.to_csv(index=False),
-        "md": f"{caption}\n\n{markdown}\n" if caption else f"{markdown}\n",
-        "tex": latex(table, caption, f"tab:{folder.parent.name}-{name}"),
+        "md": "\n\n".join(part for part in parts if part) + "\n",
+        "tex": latex(shown, caption, f"tab:{folder.parent.name}-{name}"),
     }
     return {ending: write_text(folder / f"{name}.{ending}", text) for ending, text in texts.items()}
 
@@ -165,73 +187,72 @@ def footnote(fig: Figure, text: str) -> Figure:
     return fig
 
 
+def _panels(counts: Mapping[str, int], metrics: Sequence[str]) -> tuple[Figure, list[Axes]]:
+    """One panel per metric, a line per row of a table with its name and number of seeds."""
+    size = (2.4 * len(metrics) + 1.7, 1.7 + 0.27 * len(counts))
+    fig, axes = plt.subplots(1, len(metrics), figsize=size, sharey=True, squeeze=False)
+    names = [f"{row}  (n = {n})" for row, n in counts.items()]
+    axes[0, 0].set_yticks(range(len(names)), names)
+    axes[0, 0].set_ylim(len(names) - 0.5, -0.5)
+    return fig, list(axes[0])
+
+
+def _at_border(ax: Axes, y: int, side: float, text: str, color: str) -> None:
+    """Write numbers of a row that lies outside, with an arrow to the side where it lies."""
+    ax.annotate(text, (0.5 + 0.5 * side, y), (0.5 + 0.4 * side, y), fontsize=8, color=color,
+                xycoords=ax.get_yaxis_transform(), ha="right" if side > 0 else "left", va="center",
+                bbox={"fc": "white", "lw": 0, "pad": 0.6}, zorder=5,
+                arrowprops={"arrowstyle": "->", "color": color})  # fmt: skip
+
+
 def runs_figure(runs: pd.DataFrame, metrics: Sequence[str], base: str = "full") -> Figure:
     """Draw every run as a point, the mean of a row as a bar; the line is the mean of `base`.
 
-    A row far outside stands in a grey box at the border, with the range of its runs, which is the
-    box's scale; so the others are told apart.
+    A row whose runs all lie far outside stands at the border, in numbers, so that the others are
+    told apart.
 
     Args:
         runs: one line per run: variant, group, seed and the metrics; in the tables' order.
         metrics: one panel each.
         base: the row that others are compared with.
     """
-    rows = list(dict.fromkeys(runs["variant"]))
+    counts = runs["variant"].value_counts(sort=False).to_dict()
     group_of = dict(zip(runs["variant"], runs["group"], strict=True))
-    fig, axes = plt.subplots(
-        1, len(metrics), figsize=(2.4 * len(metrics) + 1.7, 1.7 + 0.27 * len(rows)), sharey=True,
-        squeeze=False,
-    )  # fmt: skip
-    for ax, metric in zip(axes[0], metrics, strict=True):
-        scale = 100 if is_share(metric) else 1
-        by_row = [runs.loc[runs["variant"] == row, metric].to_numpy() * scale for row in rows]
+    fig, axes = _panels(counts, metrics)
+    for ax, metric in zip(axes, metrics, strict=True):
+        scale, digits = (100, 1) if is_share(metric) else (1, 2)
+        by_row = [runs.loc[runs["variant"] == row, metric].to_numpy() * scale for row in counts]
         far = _far_outside(by_row)
-        for y, (row, values) in enumerate(zip(rows, by_row, strict=True)):
+        for y, (row, values) in enumerate(zip(counts, by_row, strict=True)):
             color, marker = GROUP_COLORS[group_of[row]], GROUP_MARKERS[group_of[row]]
-            across = ax.transData
             if far[y]:
-                text = [f"{x:.{1 if is_share(metric) else 2}f}" for x in (min(values), max(values))]
-                values = _into_box(ax, y, " to ".join(dict.fromkeys(text)), values, far[y], color)
-                across = ax.get_yaxis_transform()
+                low, mean, high = (f"{f(values):.{digits}f}" for f in (np.min, np.mean, np.max))
+                text = f"{mean} ({low} to {high})" if len(values) > 1 else mean
+                _at_border(ax, y, far[y], text, color)
+                continue
             spread = np.linspace(-0.22, 0.22, len(values)) if len(values) > 1 else [0.0]
             ax.scatter(values, y + np.asarray(spread), s=26, color=color, alpha=0.8,
-                       marker=marker, lw=0, zorder=4, transform=across)  # fmt: skip
-            ax.vlines(values.mean(), y - 0.36, y + 0.36, color=INK, lw=1.6, zorder=3,
-                      transform=across)  # fmt: skip
-        if base in rows:
+                       marker=marker, lw=0, zorder=4)  # fmt: skip
+            ax.vlines(values.mean(), y - 0.36, y + 0.36, color=INK, lw=1.6, zorder=3)
+        if base in counts:
             mean = runs.loc[runs["variant"] == base, metric].mean(skipna=False) * scale
             ax.axvline(mean, color=MUTED, ls="--", lw=1, zorder=1)
         ax.set(title=METRIC_NAMES[metric], xlabel=_direction(metric))
-        ax.set_ylim(len(rows) - 0.5, -0.5)
         ax.xaxis.set_major_locator(MaxNLocator(4))
-    counts = runs["variant"].value_counts()
-    axes[0, 0].set_yticks(range(len(rows)), [f"{row}  (n = {counts[row]})" for row in rows])
     _group_legend(fig, list(dict.fromkeys(runs["group"])), base)
     return fig
 
 
 def _far_outside(by_row: Sequence[np.ndarray]) -> np.ndarray:
-    """-1, 0 or 1 for each row: is its mean far below or above where most rows and runs lie?"""
+    """-1, 0 or 1 for each row: is its mean far below or above most rows, and each run beyond?"""
     means = np.array([np.nanmean(values) for values in by_row])
     apart = means - np.median(means)
     usual = max(np.median(np.abs(apart)), np.median([np.ptp(values) for values in by_row]))
-    return np.sign(apart) * (np.abs(apart) > 6 * usual) if usual > 0 else 0 * apart
-
-
-def _into_box(
-    ax: Axes, y: int, text: str, values: np.ndarray, side: float, color: str
-) -> np.ndarray:
-    """Draw a grey box at a border, and say its range; places in it, as shares of the width."""
-    left = 0.82 if side > 0 else 0.0
-    ax.add_patch(Rectangle((left, y - 0.4), 0.18, 0.8, fc="#E4E4E4", lw=0, zorder=1,
-                           transform=ax.get_yaxis_transform()))  # fmt: skip
-    ax.annotate(text, (left if side > 0 else 0.18, y), (-4 * side, 0), fontsize=8, color=color,
-                xycoords=ax.get_yaxis_transform(), textcoords="offset points", va="center",
-                ha="right" if side > 0 else "left", zorder=5,
-                bbox={"fc": "white", "lw": 0, "pad": 0.6})  # fmt: skip
-    spread = np.ptp(values)
-    share = (values - values.min()) / spread if spread > 0 else np.full(len(values), 0.5)
-    return left + 0.03 + 0.12 * share
+    far = np.where((np.abs(apart) > 6 * usual) & (usual > 0), np.sign(apart), 0)
+    for _ in by_row:  # a row that is taken in may reach up to another
+        near = np.concatenate([x for x, side in zip(by_row, far, strict=True) if not side])
+        far = far * [min(x) > np.nanmax(near) or max(x) < np.nanmin(near) for x in by_row]
+    return far
 
 
 def _direction(metric: str) -> str:
@@ -262,13 +283,10 @@ def difference_figure(
         base: what the rows are compared with.
         xlabel: what is subtracted from what, if it is not a row minus the base.
     """
-    rows = list(dict.fromkeys(differences["variant"]))
-    fig, axes = plt.subplots(
-        1, len(metrics), figsize=(2.4 * len(metrics) + 1.7, 1.7 + 0.27 * len(rows)), sharey=True,
-        squeeze=False,
-    )  # fmt: skip
-    for ax, metric in zip(axes[0], metrics, strict=True):
-        part = differences[differences["metric"] == metric].set_index("variant").loc[rows]
+    counts = differences.groupby("variant", sort=False)["seeds"].first().to_dict()
+    fig, axes = _panels(counts, metrics)
+    for ax, metric in zip(axes, metrics, strict=True):
+        part = differences[differences["metric"] == metric].set_index("variant").loc[[*counts]]
         ends = part[["low", "high"]].abs().max(axis=1)
         limit = min(ends.max(), 4 * ends.median()) * 1.08 * (100 if is_share(metric) else 1)
         for y, row in enumerate(part.itertuples()):
@@ -277,12 +295,10 @@ def difference_figure(
             ax.set_xlim(-limit, limit)
         ax.axvline(0, color=INK, lw=1)
         unit = ", points" if is_share(metric) else ""
+        unit += f"\n{'left' if metric in SMALLER_IS_BETTER else 'right'} is better"
         title = METRIC_NAMES[metric].replace(" (%)", "")
         ax.set(title=title, xlabel=(xlabel or f"row minus {base}") + unit)
         ax.xaxis.set_major_locator(MaxNLocator(4))
-        ax.set_ylim(len(rows) - 0.5, -0.5)
-    counts = differences.drop_duplicates("variant").set_index("variant")["seeds"]
-    axes[0, 0].set_yticks(range(len(rows)), [f"{row}  (n = {int(counts[row])})" for row in rows])
     looks = [
         (f"better than {base} (Holm p < 0.05)", "o", BETTER, BETTER),
         (f"worse than {base}", "s", WORSE, WORSE),
@@ -300,14 +316,10 @@ def _draw_difference(ax: Axes, y: int, row, metric: str, limit: float) -> None:
     color = (BETTER if better else WORSE) if sure else OPEN
     marker = "s" if sure and not better else "o"
     x, low, high = (value * scale for value in (row.difference, row.low, row.high))
-    if abs(x) > 0.95 * limit:
-        side, digits = np.sign(x), 1 if is_share(metric) else 2
+    if abs(x) > 0.85 * limit:
+        digits = 1 if is_share(metric) else 2
         text = f"{x:+.{digits}f} [{low:+.{digits}f}, {high:+.{digits}f}]"
-        ax.annotate(text, (side * limit, y), (0.8 * side * limit, y), fontsize=8,
-                    color=color, ha="right" if side > 0 else "left", va="center",
-                    bbox={"fc": "white", "lw": 0, "pad": 0.6},
-                    arrowprops={"arrowstyle": "->", "color": color})  # fmt: skip
-        return
+        return _at_border(ax, y, np.sign(x), text, color)
     ax.hlines(y, max(low, -limit), min(high, limit), color=color, lw=1.8)
     for end, arrow in ((low, "<"), (high, ">")):
         if abs(end) > limit:
@@ -349,18 +361,22 @@ def sweep_figure(
 
 
 def _spread_labels(ax: Axes, x: pd.Series, y: pd.Series) -> None:
-    """Write names to the right of each cluster of points, from the lowest up, none over another."""
-    wide, step = x.max() - x.min(), 0.065 * (y.max() - y.min())  # a line of text
-    taken: list[tuple[float, float]] = []
-    for model in y.sort_values().index:
-        right = float(x[(x - x[model]).abs() < 0.1 * wide].max()) + 0.03 * wide
-        near = [height for at, height in taken if abs(at - right) < 0.25 * wide]
-        height = max([float(y[model]), *(h + step for h in near)])
-        taken.append((right, height))
-        place = (right, height)
-        ax.annotate(model, (x[model], y[model]), place, fontsize=8, va="center", zorder=5,
-                    bbox={"fc": "white", "lw": 0, "pad": 0.2},
-                    arrowprops={"arrowstyle": "-", "color": MUTED, "lw": 0.6})  # fmt: skip
+    """Write names to the right of each cluster of points, none over another, no lines crossed.
+
+    Lines of the least total length do not cross.
+    """
+    wide, high = np.ptp(x), np.ptp(y)
+    step = 0.065 * high * np.arange(len(x))  # a line of text
+    for _, part in x.sort_values().groupby((x.sort_values().diff() > 0.1 * wide).cumsum()):
+        at, right = y[part.index], part.max() + 0.03 * wide
+        free = np.maximum.accumulate(np.sort(at) - step[: len(at)]) + step[: len(at)]
+        across, up = (right - part) / wide, np.subtract.outer(at.to_numpy(), free) / high
+        for i, k in zip(*linear_sum_assignment(np.hypot(across.to_numpy()[:, None], up)),
+                        strict=True):  # fmt: skip
+            ax.annotate(part.index[i], (part.iloc[i], at.iloc[i]), (right, free[k]), fontsize=8,
+                        va="center", zorder=5, bbox={"fc": "white", "lw": 0, "pad": 0.2},
+                        arrowprops={"arrowstyle": "-", "color": MUTED, "lw": 0.6,
+                                    "relpos": (0, 0.5)})  # fmt: skip
     ax.margins(x=0.2)
 
 
