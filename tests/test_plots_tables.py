@@ -14,7 +14,7 @@ from conki_lib.plots import embedding as maps  # noqa: E402
 from conki_lib.plots import reasons  # noqa: E402
 from conki_lib.plots import tables as plots  # noqa: E402
 from conki_lib.plots.index import figure_index  # noqa: E402
-from conki_lib.plots.style import save_figure  # noqa: E402
+from conki_lib.plots.style import footnote, save_figure  # noqa: E402
 
 METRICS = ["mae", "acc2_non0"]
 
@@ -163,7 +163,7 @@ def test_other_figures_draw_what_they_are_given(runs, differences):
     ours = {"full": ([0.7, 0.72], [0.85, 0.87])}
     fig = plots.published_figure(ours, statistics.published("mosi"), ("mae", "acc2_non0"))
     assert {t.get_text() for t in fig.axes[0].texts} >= {"TFN", "MulT"}
-    assert plots.footnote(fig, "n = 2").get_supxlabel() == "n = 2"
+    assert footnote(fig, "n = 2").get_supxlabel() == "n = 2"
 
 
 def test_rows_far_outside_do_not_hide_the_others():

@@ -17,7 +17,7 @@ from IPython.display import Image as DisplayImage
 from matplotlib.figure import Figure
 from PIL import Image
 
-from conki_lib.config import ROOT
+from conki_lib.config import ROOT, RunConfig
 from conki_lib.disk import in_one_step
 from conki_lib.pairs import REPS
 from conki_lib.plots.index import figure_producer
@@ -97,6 +97,14 @@ def compact(fig: Figure) -> DisplayImage:
         palette = image.convert("RGB").quantize(method=Image.Quantize.MAXCOVERAGE, dither=0)
         palette.save(small, "PNG", optimize=True)
     return DisplayImage(small.getvalue())
+
+
+def data_label(profile: str) -> str:
+    """Name a profile under a figure of its data; generated data are called so."""
+    from conki_lib.data import CORPORA  # loads PyTorch
+
+    corpus = CORPORA.get(RunConfig.from_profile(profile).data.target)
+    return profile + " (generated data)" * (corpus is not None and corpus.kind == "embedded")
 
 
 def footnote(fig: Figure, text: str) -> Figure:

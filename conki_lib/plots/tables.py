@@ -181,12 +181,6 @@ def write_tables(
 # ---- figures ------------------------------------------------------------------------------------
 
 
-def footnote(fig: Figure, text: str) -> Figure:
-    """Write corpus, seeds and n under a figure, so that they travel with its file."""
-    fig.supxlabel(text, fontsize=8, color=MUTED, x=0.01, ha="left")
-    return fig
-
-
 def _panels(counts: Mapping[str, int], metrics: Sequence[str]) -> tuple[Figure, list[Axes]]:
     """One panel per metric, a line per row of a table with its name and number of seeds."""
     size = (2.4 * len(metrics) + 1.7, 1.7 + 0.27 * len(counts))
