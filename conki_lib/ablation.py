@@ -89,7 +89,7 @@ def _switches() -> dict[str, Variant]:
     meanings = {
         "padding=released": "means include padded steps, adapters attend to them",
         "encoder_dropout=0.5": "vision and audio encoders as released",
-        "adapters=released": "inner width, heads and feed-forward width as released",
+        "adapters=released": "width 768, 12 heads, feed-forward 3072 as released, whatever d is",
         "adapter_init_std=0.0002": "adapters start as released",
         "adapter_text_pooling=pooler": "A_t from a pooler, as released",
         "text_pooling=pooler": "O_t from the backbone's pooler",
