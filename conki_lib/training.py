@@ -112,6 +112,10 @@ def resolve(config: RunConfig) -> tuple[RunConfig, dict[str, FeatureStore]]:
     """
     target = open_store(corpus_path(config.data.target), config.data.fold)
     stores = {config.data.target: target}
+    if config.data.external in stores:
+        raise ValueError(
+            f"external: {config.data.external!r} is the target itself; choose another, or null"
+        )
     absent = [m for m in config.model.modalities if m not in target.info.modalities]
     if absent:
         raise ValueError(
@@ -124,9 +128,8 @@ def resolve(config: RunConfig) -> tuple[RunConfig, dict[str, FeatureStore]]:
         needed = SPLITS if store is target and not config.runtime.tuning else SPLITS[:2]
         if lacking := [split for split in needed if split not in store.splits]:
             raise ValueError(
-                f"{name!r}, fold {store.fold!r}, holds no utterance for {' and '.join(lacking)}: "
-                f"choose another fold (there are {', '.join(store.folds)}), or convert files that "
-                f"hold {', '.join(needed)}"
+                f"{name!r}, fold {store.fold!r} of {', '.join(store.folds)}, holds no utterance "
+                f"for {' and '.join(lacking)}: {', '.join(needed)} are needed"
             )
     widths = {store.info.name: dict(store.info.widths) for store in stores.values()}
     if len(widths) < len(stores):

@@ -326,9 +326,9 @@ def test_missing_and_damaged_stores_say_what_to_run(tmp_path):
         open_store(path)
 
 
-@pytest.mark.parametrize("what", ["offsets", "table", "column"])
+@pytest.mark.parametrize("what", ["offsets", "table", "column", "text alone"])
 def test_tables_and_offsets_that_do_not_fit_are_damaged(tmp_path, what):
-    path = write(tmp_path / "toy")
+    path = write(tmp_path / "toy", sequences={} if what == "text alone" else None)
     if what == "offsets":
         content = bytearray((path / "features.safetensors").read_bytes())
         with safe_open(path / "features.safetensors", "np") as file:
@@ -337,7 +337,7 @@ def test_tables_and_offsets_that_do_not_fit_are_damaged(tmp_path, what):
         (path / "features.safetensors").write_bytes(content)
     else:
         held = pd.read_parquet(path / "utterances.parquet")
-        held = held.head(3) if what == "table" else held.drop(columns="standard")
+        held = held.drop(columns="standard") if what == "column" else held.head(3)
         held.to_parquet(path / "utterances.parquet")
     with pytest.raises(ValueError, match="damaged or cut off.*remove the folder, then run"):
         inspect_path(path)

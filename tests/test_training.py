@@ -44,12 +44,14 @@ def test_a_store_may_lie_under_another_name(world, tmp_path):
     shutil.copytree(tmp_path / "far", tmp_path / "far2")
     with pytest.raises(ValueError, match="both hold a corpus that is called 'far'"):
         training.resolve(world.replace(target="far", external="far2"))
+    with pytest.raises(ValueError, match="'far' is the target itself"):
+        training.resolve(world.replace(target="far"))
 
 
 def test_a_corpus_without_a_split_is_refused_before_training(world, make_tiny_store):
     make_tiny_store("half", sizes=(8, 4, 0))
     with pytest.raises(
-        ValueError, match="'half', fold 'standard', holds no utterance for test: ch"
+        ValueError, match="'half', fold 'standard' of standard, holds no utterance for test: tr"
     ):
         training.fine_tune(world.replace(target="half"))
     assert not list(records.runs_dir("tiny").glob("*"))

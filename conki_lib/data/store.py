@@ -207,7 +207,7 @@ def open_store(path: Path | str, fold: str | None = None) -> "FeatureStore":
 class FeatureStore:
     """One corpus on disk, seen through one fold; ``store["train"]`` is a Dataset of `Utterance`.
 
-    Copies made by pickling carry the path only, so data loader workers map the file for themselves.
+    Copies made by pickling leave the table and the mapped frames behind and open them anew.
     """
 
     def __init__(self, path: Path | str, fold: str | None = None) -> None:
@@ -255,6 +255,8 @@ class FeatureStore:
             raise _damaged(path, error) from error
         if lacking := [c for c in (*COLUMNS, *self.folds) if c not in table]:
             raise _damaged(path, f"it has no column {lacking[0]!r}")
+        if any(table[f].value_counts().to_dict() != n for f, n in self.info.counts.items()):
+            raise _damaged(path, f"its splits are not those that {INFO} counts")
         return table
 
     @cached_property
