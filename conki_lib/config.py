@@ -223,7 +223,8 @@ _LABELS = ("profile", "variant", "preset")
 
 PRESETS: dict[str, dict[str, Any]] = {
     "default": {},
-    # section 7 of the audit: what the released code does, as far as settings can say it
+    # what is known of the released code, as far as settings can say it; text_pooling (from the
+    # paper) and max_tokens (from the published files) are inferred
     "released": dict(
         text_backbone="bert-base-uncased",
         d=768,

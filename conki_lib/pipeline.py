@@ -57,7 +57,7 @@ def parse_seeds(text: str) -> list[int]:
             seeds = range(min(int(text), _MOST_SEEDS + 1))
     if len(seeds) > _MOST_SEEDS:
         raise ValueError(
-            f"SEEDS={text!r}: more than {_MOST_SEEDS} seeds; one alone is written {text},"
+            f"SEEDS={text!r}: more than {_MOST_SEEDS} seeds; one alone is written with a comma: 7,"
         )
     if not seeds or min(seeds) < 0:
         raise ValueError(
@@ -228,6 +228,11 @@ def lock(profile: str) -> list[int]:
                 path = folder / f".{profile}.pipeline.lock"
                 held.append(os.open(path, os.O_RDWR | os.O_CREAT))
             fcntl.flock(held[-1], fcntl.LOCK_EX | fcntl.LOCK_NB)
+        for file, (folder, way_out) in zip(held, places.items(), strict=True):
+            with explained("the lock of a pipeline", folder, way_out):
+                os.truncate(file, 0)
+                os.pwrite(file, str(os.getpid()).encode(), 0)
+            os.set_inheritable(file, True)
     except BaseException as error:
         holder = os.read(held[-1], 20).decode() if held else ""
         release(held)
@@ -237,11 +242,6 @@ def lock(profile: str) -> list[int]:
             f"another pipeline (process {holder or 'unknown'}) works on {profile!r} in {folder}: "
             "wait until it has ended, or work in a clone of your own"
         ) from None
-    for file, (folder, way_out) in zip(held, places.items(), strict=True):
-        with explained("the lock of a pipeline", folder, way_out):
-            os.truncate(file, 0)
-            os.pwrite(file, str(os.getpid()).encode(), 0)
-        os.set_inheritable(file, True)
     os.environ[_HOLDER] = str(os.getpid())
     return held
 

@@ -273,11 +273,14 @@ def local_records(profile: str) -> list[Record]:
 def committed_records(profile: str, *, tuning: bool = False) -> list[Record]:
     """The records of ``results/<profile>/``, whatever code made them."""
     path = results_dir(profile) / ("tuning.jsonl" if tuning else "records.jsonl")
-    return list(_committed(path, path.stat().st_mtime_ns)) if path.is_file() else []
+    if not path.is_file():
+        return []
+    found = path.stat()  # a file that is written in one step is another one
+    return list(_committed(path, (found.st_ino, found.st_mtime_ns)))
 
 
 @lru_cache(maxsize=4)
-def _committed(path: Path, modified: int) -> list[Record]:
+def _committed(path: Path, which: tuple[int, int]) -> list[Record]:
     """Hundreds of records are asked for again and again: read once, until the file changes."""
     return _read(path)
 

@@ -279,7 +279,7 @@ def test_what_the_readme_says_in_short_is_what_the_tables_say(profile):
         caption = (ROOT / "results" / profile / "tables" / "main.md").read_text().split("\n")[0]
         assert "of their own: text-only, text-only + external." in caption
         runs = re.search(
-            r"that chose settings: text-only (\d+), full (\d+); other rows: none", caption
+            r"that tried settings: text-only (\d+), full (\d+); other rows: none", caption
         )
         assert int(runs[1]) > int(runs[2])
 

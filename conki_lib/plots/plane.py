@@ -162,7 +162,7 @@ def animate_descent(paths: Mapping[str, Float[Tensor, "S B K"]]) -> HTML:
         "order": sorted(range(len(REPS)), key=lambda k: -POINT_SIZES[REPS[k]]),
         "ring": RING,
     }
-    player = Path(__file__).with_name("player.html").read_text()
+    player = Path(__file__).with_name("player.html").read_text(encoding="utf-8")
     return HTML(player.replace("DATA", json.dumps(data, separators=(",", ":"))))
 
 

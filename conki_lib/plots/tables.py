@@ -359,7 +359,7 @@ def _spread_labels(ax: Axes, x: pd.Series, y: pd.Series) -> None:
 
     Lines of the least total length do not cross.
     """
-    wide, high = np.ptp(x), np.ptp(y)
+    wide, high = np.ptp(x) or 1, np.ptp(y) or 1
     step = 0.065 * high * np.arange(len(x))  # a line of text
     for _, part in x.sort_values().groupby((x.sort_values().diff() > 0.1 * wide).cumsum()):
         at, right = y[part.index], part.max() + 0.03 * wide
