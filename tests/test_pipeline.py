@@ -1,5 +1,6 @@
 """The pipeline: what counts as finished, one at a time, and the plan that the Snakefile makes."""
 
+import errno
 import json
 import os
 import re
@@ -15,6 +16,7 @@ import yaml
 from conki_lib import anew, pipeline, records, training
 from conki_lib import config as settings
 from conki_lib.config import RunConfig
+from conki_lib.disk import DiskError
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -383,9 +385,16 @@ def test_a_lock_that_cannot_be_had_whole_is_given_back(tmp_path, monkeypatch):
     monkeypatch.setenv("CONKI_RUNS", str(tmp_path / "runs"))
     monkeypatch.setattr(records, "ROOT", tmp_path / "file")
     (tmp_path / "file").write_text("no folder")
-    with pytest.raises(NotADirectoryError):
+    with pytest.raises(DiskError, match="a file stands where a folder is needed"):
         pipeline.lock("p")
     monkeypatch.setattr(records, "ROOT", tmp_path)
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch, pytest.raises(DiskError, match="no space left for the lo"):
+        patch.setattr(os, "pwrite", full)
+        pipeline.lock("p")
     pipeline.release(pipeline.lock("p"))
 
 
