@@ -231,16 +231,15 @@ def _is_a_row(record: Record, rows: dict[str, str]) -> bool:
     """Are a record's settings those that its row has today? `rows` keeps what was asked before."""
     try:
         if record.variant not in rows:
-            rows[record.variant] = _meaning(
-                configure(record.profile, record.variant, fold=record.fold)
-            )
-        return _meaning(record.config) == rows[record.variant]
+            wanted = configure(record.profile, record.variant, fold=record.fold)
+            rows[record.variant] = row_key(wanted)
+        return row_key(record.config) == rows[record.variant]
     except ValueError:
         return False  # a row or a setting that is no more
 
 
-def _meaning(config: RunConfig) -> str:
-    """Hash of what a run asks, whatever its seed and precision."""
+def row_key(config: RunConfig) -> str:
+    """Hash of the settings that a run has by its row, whatever its seed and precision."""
     return config_key(config.replace(seed=0, precision="auto"), 2)
 
 
