@@ -292,11 +292,16 @@ def crossed_interval(
 
 
 def corrected(differences: pd.DataFrame) -> pd.DataFrame:
-    """Add p_holm: Holm's correction over all rows of a table, metric by metric."""
-    if differences.empty:
-        return differences
-    p = differences.groupby("metric")["p"]
-    return differences.assign(p_holm=p.transform(lambda p: holm(p.to_numpy())))
+    """Add p_holm: Holm's correction over all rows of a table, metric by metric.
+
+    Where the table has a column group, p_group is the same within each group.
+    """
+    families = {"p_holm": ["metric"], "p_group": ["metric", "group"]}
+    for name, family in families.items():
+        if {*family, "p"} <= set(differences):
+            p = differences.groupby(family)["p"]
+            differences = differences.assign(**{name: p.transform(lambda p: holm(p.to_numpy()))})
+    return differences
 
 
 def holm(p: Sequence[float] | Float[np.ndarray, " R"]) -> Float[np.ndarray, " R"]:

@@ -252,6 +252,13 @@ def test_correction_is_over_all_rows_metric_by_metric():
     assert statistics.corrected(pd.DataFrame()).empty
 
 
+def test_correction_within_groups_stands_beside_that_over_all_rows():
+    table = pd.DataFrame({"metric": "mae", "p": [0.01, 0.02, 0.03], "group": ["a", "a", "b"]})
+    found = statistics.corrected(table)
+    assert np.allclose(found["p_holm"], [0.03, 0.04, 0.04])
+    assert np.allclose(found["p_group"], [0.02, 0.02, 0.03])
+
+
 def test_published_averages_are_fractions_and_name_no_conki():
     table = statistics.published("mosi-open")
     assert table.loc["TFN", "mae"] == 0.9473 and table.loc["TFN", "acc2_non0"] == 0.7908
