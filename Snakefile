@@ -21,7 +21,6 @@ from snakemake.exceptions import WorkflowError
 
 from conki_lib import ablation, anew, pipeline
 from conki_lib.config import ROOT, RunConfig
-from conki_lib.disk import corpus_path
 from conki_lib.records import runs_dir, slug
 
 os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # of `conki`
@@ -105,7 +104,7 @@ def needs(wildcards):
 
 def agree():
     """Make the markers say what is true; see `pipeline.agree`."""
-    truth = {marker("data", name): (corpus_path(name) / "info.json").is_file() for name in CORPORA}
+    truth = {marker("data", name): pipeline.is_fetched(name) for name in CORPORA}
     truth |= {marker("stage1", f"s{seed}"): is_done(
         ablation.configure(PROFILE, "full", seed), 1) for seed in STAGE_1_SEEDS}  # fmt: skip
     truth |= {
@@ -135,7 +134,7 @@ if workflow.is_main_process:
             agree()
             if works:
                 end_anew()  # as when it was killed after its last job
-    except (RuntimeError, OSError) as error:
+    except (RuntimeError, OSError, ValueError) as error:
         raise WorkflowError(str(error)) from None
 
 

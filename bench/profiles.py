@@ -146,13 +146,14 @@ def part(result: dict) -> str:
         f"{'met' if seconds <= ASKED[name] else '**missed**'} |"
         for name, seconds in whole.items()
     )
-    lines = sorted(result["reproduce"]["jobs"], key=lambda job: -job["seconds"])
+    lines = sorted(result.get("reproduce", {}).get("jobs", []), key=lambda job: -job["seconds"])
     spent = sum(job["seconds"] for job in lines)
-    shares = "\n".join(
+    shares = [
         f"| {job.get('job') or job['rule']} | {job['seconds']:.0f} | {job['seconds'] / spent:.0%} |"
         for job in lines
         if job["seconds"] >= 1
-    )
+    ]
+    head = f"| job of `reproduce` | seconds | share of {spent:.0f} s |\n|---|---:|---:|\n"
     stages_of = result.get(MOSI, {}).get("stages", {})
     told = ", ".join(f"{name} {seconds:.0f} s" for name, seconds in sorted(stages_of.items()))
     step = result.get("step")
@@ -161,8 +162,9 @@ def part(result: dict) -> str:
         words = "{bf16:.2f} s in bf16, {fp32:.2f} s in fp32".format(**step)
         words += f" ({step['bf16'] / step['fp32']:.1f} to 1, {step['threads']} threads)"
     return PART.format(
-        facts=facts(result), asked=asked, shares=shares, spent=f"{spent:.0f}", step=words,
-        cores=result["cores"], told=told or "not measured", precision=result["precision"],
+        facts=facts(result), asked=asked, step=words, told=told or "not measured",
+        cores=result["cores"], precision=result["precision"],
+        shares=head + "\n".join(shares) if shares else "`reproduce`: not measured as it is today.",
     )  # fmt: skip
 
 
@@ -174,11 +176,10 @@ runs: both corpora are generated, three models trained in two stages, all notebo
 `mosi-open`: `conki train --profile mosi-open`, both stages, corpora fetched before. Seconds of jobs
 are by the clock, from Snakemake's log; jobs run side by side, so they add up to more than the
 whole. Each begins with a new Python process, most with a kernel. Where a machine's runs end in
-other digits than the committed ones, or are of another precision, notebooks 05 and 06 measure anew
-what else they show as kept.
+other digits than the committed ones, notebooks 05 and 06 measure anew what they else show as kept.
 
 {parts}"""
-PART = """## Trained in {precision}
+PART = """## Where `precision: auto` is {precision}
 
 {facts}
 
@@ -190,8 +191,6 @@ PART = """## Trained in {precision}
 the command, stage 1 included): {told}. A step of stage 2 of `synthetic`:
 {step}.
 
-| job of `reproduce` | seconds | share of {spent} s |
-|---|---:|---:|
 {shares}
 """
 

@@ -209,20 +209,19 @@ def runs_of(profile: str, *, fold: str | None = None) -> list[Record]:
 
     A record counts if its settings are those that `configure` gives today; precision, device and
     micro-batches may differ. Of several for one row and seed, today's code wins, then the newest.
-    Tuning runs and runs with other settings stay out.
+    Tuning runs and runs with other settings stay out, and so do those on another version of the
+    target corpus than the best of them.
 
     Args:
         profile: name of a profile.
         fold: of the target corpus; the profile's where None.
     """
     fold = fold or RunConfig.from_profile(profile).data.fold
-    found: dict[tuple[str, int], Record] = {}
     rows: dict[str, str] = {}
-    for record in load_records(profile):
-        if record.stage == 2 and record.fold == fold and _is_a_row(record, rows):
-            place, held = (record.variant, record.seed), found.get((record.variant, record.seed))
-            if held is None or record.rank >= held.rank:
-                found[place] = record
+    ours = [r for r in load_records(profile) if r.stage == 2 and r.fold == fold]
+    ours = sorted((r for r in ours if _is_a_row(r, rows)), key=lambda r: r.rank)
+    data = [r.data.get(r.settings["target"]) for r in ours]
+    found = {(r.variant, r.seed): r for r, x in zip(ours, data, strict=True) if x == data[-1]}
     order = row_order(name for name, _ in found)
     return sorted(found.values(), key=lambda r: (order.index(r.variant), r.seed))
 

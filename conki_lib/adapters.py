@@ -38,8 +38,8 @@ def plugged_layers(config: ModelConfig, m: str, n_layers: int) -> tuple[int, ...
 class AdapterModule(nn.Module):
     """One module: down-projection, two Transformer layers, up-projection, residual around all.
 
-    FC weights start from N(0, adapter_init_std) and biases from 0, so that a new module passes its
-    input on nearly unchanged.
+    FC weights start from N(0, adapter_init_std) and biases from 0: a new module passes its input
+    on, plus noise of the size adapter_init_std * sqrt(adapter_width), as the stack ends in a norm.
 
     Source: paper section 2, after K-Adapter (Wang et al. 2021).
     Differs: nothing; sizes are settings (released: width 768, 12 heads, feed-forward 3072,

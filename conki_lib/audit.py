@@ -75,16 +75,14 @@ def pooled_loss(
     return (denominator - (positive * scores).sum(1) / positive.sum(1)).sum()
 
 
-def supervised_contrastive(
-    rows: Float[Tensor, "R d"], label: Tensor, *, tau: float = 0.07
-) -> Float[Tensor, ""]:
-    """The plain supervised contrastive loss, a cross-entropy averaged over a row's positives.
+def supervised_contrastive(rows: Float[Tensor, "R d"], label: Tensor) -> Float[Tensor, ""]:
+    """The plain supervised contrastive loss at tau = 0.07: cross-entropy, mean over positives.
 
     Source: Khosla et al. 2020, L_out.
     """
     z = normalize(rows, dim=1)
     itself = torch.eye(len(rows), dtype=torch.bool)
-    logits = (z @ z.T / tau).masked_fill(itself, -torch.inf)
+    logits = (z @ z.T / 0.07).masked_fill(itself, -torch.inf)
     positive = (label[:, None] == label) & ~itself
     losses = []
     for i in range(len(rows)):
@@ -191,8 +189,9 @@ def _init() -> str:
         torch.manual_seed(0)
         module = AdapterModule(ModelConfig(**TOY, adapter_init_std=std)).eval()
         changes.append(((module(x, None) - x).norm() / x.norm()).item())
-    return (f"a new module changes its input by {changes[0]:.0e} of its length at 0.0002, by "
-            f"{changes[1]:.0e} at 0.02")  # fmt: skip
+    return (f"toy, {TOY['adapter_width']} wide inside: a new module changes its input by "
+            f"{changes[0]:.0e} of its length at 0.0002, by {changes[1]:.0e} at 0.02, and by more "
+            "the wider it is")  # fmt: skip
 
 
 @torch.no_grad()

@@ -80,7 +80,7 @@ def models_along(record: Record) -> Iterator[tuple[str, nn.Module]]:
     yield MOMENTS[0], model
     key = config_key(config, 1)
     found = [r for r in local_records(record.profile) if r.stage == 1 and r.config_key == key
-             and r.model_path]  # fmt: skip
+             and r.data == record.data and r.model_path]  # fmt: skip
     if config.data.external is not None and found:
         state = injected_state(training.load_model(max(found, key=lambda r: r.is_current)))
         load_injected(model, state)

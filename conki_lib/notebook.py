@@ -269,7 +269,9 @@ def run_notebook(
         values = check_parameters(path, profile_parameters(path, profile) | values)
     if profile := profile or _default_profile(notebook_parameters(path)):
         check_meaning(profile, values)
-    folder = Path(os.environ.get("CONKI_RUNS", ROOT / "runs")) / "notebooks"
+    from conki_lib.records import runs_dir  # kernels need no pandas for this
+
+    folder = runs_dir("notebooks")
     target = Path(output) if output else folder / (profile or "") / path.name
     if target.exists() and not target.is_file():
         raise ValueError(f"output: {target} is a folder or a device; name a file")

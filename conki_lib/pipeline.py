@@ -104,10 +104,20 @@ def parse_folds(text: str, profile: str) -> list[str]:
     return folds
 
 
+def is_fetched(name: str) -> bool:
+    """Is a corpus here, as today's recipe makes it? Else `conki fetch` has work to do."""
+    if not (corpus_path(name) / "info.json").is_file():
+        return False  # PyTorch need not be loaded to see that
+    from conki_lib.data.corpora import CORPORA, is_current
+
+    corpus = CORPORA.get(name)
+    return corpus is None or corpus.kind == "user" or is_current(corpus_path(name), corpus)
+
+
 def is_finished(config: RunConfig, stage: int) -> bool:
     """Does the record of this run exist, for data, backbone and code as they are now?"""
-    if not (corpus_path(config.data.target) / "info.json").is_file():
-        return False  # no data yet: PyTorch need not be loaded to see that
+    if not all(map(is_fetched, filter(None, (config.data.target, config.data.external)))):
+        return False
     from conki_lib.training import fingerprints, resolve
 
     try:
@@ -143,8 +153,11 @@ def sources(profile: str) -> dict[str, str]:
     for path in files:
         digest.update(path.read_bytes() if path.is_file() else b"")
     for path in sorted((ROOT / "notebooks").glob("*.ipynb")):
-        cells = json.loads(path.read_text())["cells"]
-        digest.update(json.dumps([cell["source"] for cell in cells]).encode())
+        try:
+            cells = [cell["source"] for cell in json.loads(path.read_text())["cells"]]
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{path} is no notebook ({error}): restore it by git") from None
+        digest.update(json.dumps(cells).encode())
     digest.update(json.dumps(base.flat(), sort_keys=True).encode())
     found = {"code": digest.hexdigest()}
     for name in filter(None, (base.data.target, base.data.external)):

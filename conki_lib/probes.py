@@ -17,6 +17,7 @@ from sklearn.preprocessing import StandardScaler
 
 from conki_lib.data.store import FeatureStore, SplitView
 from conki_lib.metrics import mosi_metrics
+from conki_lib.statistics import draw_units, weighted_scores
 
 ALPHAS = np.logspace(-1, 5, 13)
 MOST_WORDS = 1000
@@ -116,7 +117,6 @@ def ridge_probe(
     x_test: Float[np.ndarray, "M d"],
     y_test: Float[np.ndarray, " M"],
     *,
-    standardise: bool = True,
     metrics: Callable[..., dict[str, float]] = mosi_metrics,
 ) -> dict[str, float]:
     """Score `ridge_predict` on rows that it has not seen.
@@ -126,13 +126,12 @@ def ridge_probe(
         y_train: their labels.
         x_test: rows to be predicted.
         y_test: their labels.
-        standardise: see `ridge_predict`.
         metrics: `mosi_metrics`, or `sims_metrics` for labels in [-1, 1].
 
     Returns:
         What `metrics` returns.
     """
-    y_hat = ridge_predict(x_train, y_train, x_test, standardise=standardise)
+    y_hat = ridge_predict(x_train, y_train, x_test)
     return metrics(y_hat=y_hat, y=y_test)
 
 
@@ -166,28 +165,14 @@ def score_groups(
     lines = []
     for group, chosen in groups.items():
         p, t, v = y_hat[chosen], y[chosen], names[chosen]
-        score = mosi_metrics(y_hat=p, y=t)
-        line = {"group": group, "n": len(t), "videos": len(set(v))}
+        units, drawn = draw_units(np.random.default_rng(seed), v, draws)
+        found = weighted_scores(p[None], t, np.vstack([np.ones(len(t)), drawn]))
+        line = {"group": group, "n": len(t), "videos": units}
         line["majority"] = float(max((t[t != 0] > 0).mean(), (t[t != 0] < 0).mean()))
-        drawn = _bootstrap(p, t, v, draws, np.random.default_rng(seed))
         for name in ("acc2_non0", "corr"):
-            defined = [value for value in drawn[name] if np.isfinite(value)] or [np.nan]
+            value, defined = found[name][0, 0], found[name][1:, 0]
+            defined = defined[np.isfinite(defined)] if np.isfinite(defined).any() else [np.nan]
             low, high = np.quantile(defined, [0.025, 0.975])
-            line |= {name: score[name], f"{name}_low": low, f"{name}_high": high}
+            line |= {name: value, f"{name}_low": low, f"{name}_high": high}
         lines.append(line)
     return pd.DataFrame(lines)
-
-
-def _bootstrap(
-    p: np.ndarray, t: np.ndarray, videos: np.ndarray, draws: int, rng: np.random.Generator
-) -> dict[str, list[float]]:
-    rows = [np.flatnonzero(videos == video) for video in np.unique(videos)]
-    drawn: dict[str, list[float]] = {"acc2_non0": [], "corr": []}
-    for _ in range(draws):
-        index = np.concatenate([rows[k] for k in rng.integers(0, len(rows), len(rows))])
-        x, y = p[index], t[index]
-        non0 = y != 0
-        drawn["acc2_non0"].append(float(((x > 0) == (y > 0))[non0].mean()))
-        varies = np.ptp(x) > 0 and np.ptp(y) > 0
-        drawn["corr"].append(float(np.corrcoef(x, y)[0, 1]) if varies else float("nan"))
-    return drawn

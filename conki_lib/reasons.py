@@ -137,11 +137,13 @@ def conflict_along(record: Record, *, batches: int = 4) -> pd.DataFrame:
         config, stores[config.data.target], config.stage2, splits=("train",)
     )["train"]
     chosen, external = list(islice(loader, batches)), config.data.external
-    injected = training.shared_modalities(config, stores[external]) if external else ()
+    taught = external and config.stage1.train == "adapters"
+    injected = training.shared_modalities(config, stores[external]) if taught else ()
     start = MOMENTS[1] if external else MOMENTS[0]
     parts = []
     for moment, model in models_along(record):
         if moment in (start, MOMENTS[2]):
+            model.adapter_gradient = config.stage2.adapter_gradient
             freeze_for_fine_tuning(
                 model, injected=injected, freeze_adapters=config.stage2.freeze_adapters
             )

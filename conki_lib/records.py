@@ -115,7 +115,7 @@ def _plain(value: Any) -> Any:
 
 def runs_dir(profile: str) -> Path:
     """Working directory of a profile's runs: ``$CONKI_RUNS`` (default ``runs/``) / profile."""
-    return Path(os.environ.get("CONKI_RUNS", ROOT / "runs")) / profile
+    return Path(os.environ.get("CONKI_RUNS") or ROOT / "runs") / profile
 
 
 def results_dir(profile: str) -> Path:
@@ -326,7 +326,7 @@ def merge(profile: str) -> Path:
     with results_lock(profile):
         local = local_records(profile)
         tuning = [r for r in local if r.settings["tuning"]]
-        final = [r for r in local if not r.settings["tuning"]]
+        final = [r for r in local if r.stage == 1 or not r.settings["tuning"]]
         if tuning:
             tuning = _best([*committed_records(profile, tuning=True), *tuning])
             _write_records(target / "tuning.jsonl", tuning)

@@ -7,7 +7,6 @@ component for each, see `crossed_interval`.
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -224,7 +223,8 @@ def _differences(
 ) -> list[dict]:
     S, N = pair.row.shape
     rng = np.random.default_rng(seed)
-    units, drawn = _draw_utterances(rng, pair.ids, clusters, draws)
+    names = [clusters[i] for i in pair.ids] if clusters else pair.ids
+    units, drawn = draw_units(rng, names, draws)
     row, base = (
         weighted_scores(x, pair.y, np.vstack([np.ones(N), drawn]), metrics=metrics)
         for x in (pair.row, pair.base)
@@ -237,10 +237,19 @@ def _differences(
     ]
 
 
-def _draw_utterances(
-    rng: np.random.Generator, ids: list[str], clusters: Mapping[str, str] | None, draws: int
+def draw_units(
+    rng: np.random.Generator, names: Sequence[str] | np.ndarray, draws: int
 ) -> tuple[int, Float[np.ndarray, "D N"]]:
-    names = [clusters[i] for i in ids] if clusters else ids
+    """Draw whole units, such as videos, with replacement: the bootstrap of this project.
+
+    Args:
+        rng: the source of chance.
+        names: the unit of each utterance.
+        draws: bootstrap samples.
+
+    Returns:
+        How many units there are; how often each sample counts each utterance.
+    """
     units, place = np.unique(names, return_inverse=True)
     counts = rng.multinomial(len(units), np.full(len(units), 1 / len(units)), draws)
     return len(units), counts[:, place].astype(float)
@@ -335,14 +344,13 @@ def videos_of(corpus: str, ids: Iterable[str]) -> dict[str, str]:
 # ---- what others published ----------------------------------------------------------------------
 
 
-def published(corpus: str, folder: Path | None = None) -> pd.DataFrame:
+def published(corpus: str) -> pd.DataFrame:
     """Five-seed averages that MMSA published for earlier models on a corpus, as fractions.
 
     The ConKI paper's own figures could not be checked against a source and are not in here.
 
     Args:
         corpus: a profile's target, such as ``"mosi-open"``.
-        folder: of the copied tables; ``results/reported/`` where None.
 
     Returns:
         Index model; columns alignment and the metrics; empty where nothing is known of the corpus.
@@ -351,7 +359,7 @@ def published(corpus: str, folder: Path | None = None) -> pd.DataFrame:
     if name is None:
         return pd.DataFrame()
     file = "reported_results_sims.csv" if name == "sims" else "reported_results.csv"
-    table = pd.read_csv((folder or ROOT / "results/reported") / file)
+    table = pd.read_csv(ROOT / "results/reported" / file)
     table = table[table["dataset"] == name].drop(columns="dataset").set_index("model")
     shares = [c for c in table if c.startswith(("acc", "f1"))]
     table[shares] = table[shares] / 100

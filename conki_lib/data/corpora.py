@@ -164,19 +164,21 @@ def fetch(name: str, root: Path | str | None = None) -> Path:
             f"{name} ({corpus.title}) is not at {path} and cannot be fetched: "
             f"{how_to_get(name, root)}"
         )
-    if _is_current(path, corpus):  # without a lock: the folder may be read-only
+    if is_current(path, corpus):  # without a lock: the folder may be read-only
         return path
     way_out = "free some space, or name another folder by CONKI_DATA; then fetch again"
     with explained(f"corpus {name!r}", path.parent, way_out):
         path.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(path.parent / f".{name}.lock"):
-            if not _is_current(path, corpus):
+            if not is_current(path, corpus):
                 _build(corpus, path)
     return path
 
 
-def _is_current(path: Path, corpus: Corpus) -> bool:
-    return path.exists() and open_store(path).info.notes.get("recipe") == str(corpus.recipe)
+def is_current(path: Path, corpus: Corpus) -> bool:
+    """Does a store stand there that today's recipe made?"""
+    held = (path / "info.json").is_file()
+    return held and open_store(path).info.notes.get("recipe") == str(corpus.recipe)
 
 
 def _build(corpus: Corpus, path: Path) -> None:

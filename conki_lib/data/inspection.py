@@ -92,7 +92,8 @@ def defects(
         add_rows("texts that are empty", silent)
     for y in (c for c in ("y", "y_T", "y_V", "y_A") if c in table):
         low, high = label_range
-        add_rows(f"labels {y} outside [{low:g}, {high:g}]", ~table[y].between(low, high))
+        wrong = ~table[y].between(low, high) & (table[y].notna() | (y == "y"))  # others may lack
+        add_rows(f"labels {y} outside [{low:g}, {high:g}]", wrong)
     for m, s in scans.items():
         for check, wrong in s.found.items():
             add(f"{MODALITY_NAMES[m]}: {check}", (ids[i] for i in wrong), len(table))

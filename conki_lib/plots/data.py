@@ -55,23 +55,21 @@ def is_placeholder(view: SplitView, m: str) -> Bool[np.ndarray, " N"]:
     return short
 
 
-def feature_ranges(store: FeatureStore, split: str = "train", seed: int = 0) -> pd.DataFrame:
-    """Describe every vision and audio feature of a split, one row each, raw values.
+def feature_ranges(store: FeatureStore) -> pd.DataFrame:
+    """Describe every vision and audio feature of the train split, one row each, raw values.
 
     Utterances are drawn until `MOST_FRAMES` frames are reached; smaller splits are read whole.
 
     Args:
         store: any corpus.
-        split: which split of the store's fold.
-        seed: which utterances are drawn.
 
     Returns:
         Columns modality, feature, min, q01, median, q99, max, mean, std, zeros (share of exact
         zeros), furthest (the largest distance from the mean, in deviations).
     """
-    view, lines = store[split], []
+    view, lines = store["train"], []
     for m in store.info.widths:
-        order = np.random.default_rng(seed).permutation(len(view))
+        order = np.random.default_rng(0).permutation(len(view))
         few = order[: np.searchsorted(np.cumsum(view.lengths(m)[order]), MOST_FRAMES) + 1]
         x = np.concatenate([store.frames(m, row) for row in view.rows[few].tolist()]).astype(
             np.float64

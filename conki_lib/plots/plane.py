@@ -26,11 +26,11 @@ RING = 0.15  # distance between the rings of two samples
 POINT_SIZES = {"A_t": 170, "O_t": 110, "A_v": 84, "O_v": 52, "A_a": 42, "O_a": 24}
 
 
-def rep_legend(target: Axes | Figure, reps: Sequence[str] = REPS, **where: object) -> None:
+def rep_legend(target: Axes | Figure, **where: object) -> None:
     """Explain the markers of the representations."""
     handles = [
         Line2D([], [], ls="", marker=REP_MARKERS[r], color=REP_COLORS[r], label=rep_label(r))
-        for r in reps
+        for r in REPS
     ]
     target.legend(handles=handles, **where)
 
@@ -39,7 +39,6 @@ def draw_plane(
     angles: Float[Tensor, "B K"],
     *,
     arrows: Float[Tensor, "B K"] | None = None,
-    reps: Sequence[str] = REPS,
     title: str = "",
     ax: Axes | None = None,
 ) -> Figure:
@@ -48,7 +47,6 @@ def draw_plane(
     Args:
         angles: directions in radians.
         arrows: how far to turn each vector, in radians; the motion that descent asks for.
-        reps: the representations of a sample, in order.
         title: a heading.
         ax: where to draw; a new figure if None.
     """
@@ -56,7 +54,7 @@ def draw_plane(
         _, ax = plt.subplots(figsize=(4.6, 4.9))
     _rings(ax, len(angles))
     radii, angles = 1 + RING * np.arange(len(angles)), angles.detach().numpy()
-    for k, name in sorted(enumerate(reps), key=lambda item: -POINT_SIZES[item[1]]):
+    for k, name in sorted(enumerate(REPS), key=lambda item: -POINT_SIZES[item[1]]):
         x, height = radii * np.cos(angles[:, k]), radii * np.sin(angles[:, k])
         look = {"marker": REP_MARKERS[name], "color": REP_COLORS[name], "s": POINT_SIZES[name]}
         ax.scatter(x, height, zorder=3, edgecolor="white", linewidth=0.6, **look)

@@ -13,6 +13,7 @@ from matplotlib.ticker import MaxNLocator
 
 from conki_lib.config import MODALITIES, MODALITY_NAMES
 from conki_lib.plots.style import FAMILY_COLORS, INK, MUTED, PAIR_COLORS
+from conki_lib.statistics import draw_units
 
 Point = tuple[float | int, float | int]
 RUN_COLORS = ("#D9730D", "#5B6770", "#B8860B", "#A23B72")
@@ -135,16 +136,15 @@ def mean_errors(
     """
     rows = []
     for run, table in tables.items():
-        error = pd.Series((table["y_hat"] - table["y"]).abs().to_numpy())
         for group, chosen in groups.items():
-            part = error[chosen].groupby(np.asarray(videos)[chosen]).agg(["sum", "count"])
-            n, low, high = int(part["count"].sum()), np.nan, np.nan
-            if min(n, 2 * len(part)) >= FEWEST:
-                drawn = np.random.default_rng(0).integers(len(part), size=(2000, len(part)))
-                sums = part.to_numpy()[drawn].sum(axis=1)
-                low, high = np.quantile(sums[:, 0] / sums[:, 1], [0.025, 0.975])
-            line = {"run": run, "group": group, "n": n, "mae": error[chosen].mean()}
-            rows.append(line | {"low": low, "high": high})
+            error = (table["y_hat"] - table["y"]).abs().to_numpy()[chosen]
+            n, names = len(error), np.asarray(videos)[chosen]
+            low, high = np.nan, np.nan
+            if min(n, 2 * len(set(names))) >= FEWEST:
+                drawn = draw_units(np.random.default_rng(0), names, 2000)[1]
+                low, high = np.quantile(drawn @ error / drawn.sum(1), [0.025, 0.975])
+            mae = error.mean() if n else np.nan
+            rows.append({"run": run, "group": group, "n": n, "mae": mae, "low": low, "high": high})
     return pd.DataFrame(rows)
 
 

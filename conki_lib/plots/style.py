@@ -129,7 +129,7 @@ def save_figure(
     """Write a figure as PNG and SVG; drawn again from the same data, the files are the same bytes.
 
     Args:
-        fig: the finished figure.
+        fig: the finished figure; its layout is fixed from here on: call `footnote` before.
         name: file name without ending, e.g. ``"02_matrix"``.
         profile: names the folder ``figures/<profile>/``.
         producer: stem of the one notebook that writes this figure; kept in the files' metadata.

@@ -144,7 +144,7 @@ def devices(runs: pd.DataFrame) -> str:
         runs: from `conki_lib.ablation.run_table`, those that are shown.
     """
     where = runs["device"].replace("cpu", "CPU")
-    usual, told = where.mode()[0], ""
+    usual, told = next(iter(where.mode()), ""), ""
     for device, part in runs[where != usual].groupby(where):
         rows = part.groupby("variant", sort=False)["seed"].agg(lambda s: " ".join(map(str, s)))
         told += f" On {device}, not {usual}, rows and seeds: {'; '.join(rows.index + ' ' + rows)}; "

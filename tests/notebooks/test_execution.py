@@ -22,11 +22,7 @@ TINY = dict(
 @pytest.fixture(scope="module")
 def place(tmp_path_factory, make_tiny_bert) -> Path:
     """A project root whose default profile is tiny; nothing of the checkout is written."""
-    from conki_lib.data.synthetic import EXTERNAL, TARGET, build
-
-    place = tmp_path_factory.mktemp("project")
-    build(place / "data/synthetic", TARGET, sizes=(72, 36, 36))
-    build(place / "data/synthetic-external", EXTERNAL, sizes=(96, 36, 36))
+    place = tmp_path_factory.mktemp("project")  # notebook 01 fetches the corpora
     (place / "configs").mkdir()
     shutil.copytree(ROOT / "docs", place / "docs")  # notebook 07 reads the audit's rows there
     profile = {**TINY, "text_backbone": make_tiny_bert()}
