@@ -1,5 +1,7 @@
 """Rows as data; which records stand behind a table; reasons: errors, gradients, corpora."""
 
+from dataclasses import replace
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -131,6 +133,13 @@ def test_runs_of_take_rows_as_configured_today(held):
 def test_precision_and_widths_make_no_other_row(held):
     held(record("full", 0, precision="bf16", widths={"synthetic": {"v": 12}}))
     assert len(ablation.runs_of("synthetic")) == 1
+
+
+def test_runs_on_another_version_of_the_corpus_are_no_rows(held):
+    old, new = ({"synthetic": words} for words in ("as it was", "as it is"))
+    of_old = [replace(record("full", seed), data=old) for seed in (0, 1)]
+    held(*of_old, replace(record("w/o C4", 1, finished="2"), data=new))
+    assert [(r.variant, r.seed) for r in ablation.runs_of("synthetic")] == [("w/o C4", 1)]
 
 
 def test_of_two_runs_todays_code_wins_then_the_newest(held):

@@ -89,6 +89,11 @@ def test_a_changed_recipe_builds_anew(root, monkeypatch):
     assert open_store(path).info.notes["recipe"] == "99"
 
 
+def test_an_empty_folder_is_filled(tmp_path):
+    (tmp_path / "synthetic").mkdir()
+    assert open_store(fetch("synthetic", tmp_path)).info.counts
+
+
 def test_sources_are_recorded_with_their_checksums(root):
     info = open_store(fetch("mmmo-open", root)).info
     assert [s["file"] for s in info.sources] == list(CORPORA["mmmo-open"].files)

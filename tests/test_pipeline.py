@@ -16,6 +16,7 @@ import yaml
 from conki_lib import anew, pipeline, records, training
 from conki_lib import config as settings
 from conki_lib.config import RunConfig
+from conki_lib.data import fetch
 from conki_lib.disk import DiskError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -84,6 +85,25 @@ def test_finished_is_what_training_would_load(world, monkeypatch):
     assert not pipeline.is_finished(world.replace(lam=0.5), 2)
     (record.folder / "record.json").unlink()
     assert not pipeline.is_finished(world, 2)  # interrupted
+
+
+def test_a_store_of_an_older_recipe_is_not_fetched_yet(tmp_path, monkeypatch):
+    monkeypatch.setenv("CONKI_DATA", str(tmp_path))
+    assert not pipeline.is_fetched("synthetic")
+    path = fetch("synthetic")
+    assert pipeline.is_fetched("synthetic")
+    info = json.loads((path / "info.json").read_text())
+    info["notes"]["recipe"] = "0"
+    (path / "info.json").write_text(json.dumps(info))
+    assert not pipeline.is_fetched("synthetic")
+    path.rename(tmp_path / "mine")  # what no recipe makes is as its owner brought it
+    assert pipeline.is_fetched("mine") and not pipeline.is_fetched("mosi")
+
+
+def test_a_damaged_notebook_is_named(toy_project):
+    (toy_project / "notebooks/01_toy.ipynb").write_text("<<<<<<< HEAD\n{}")
+    with pytest.raises(ValueError, match="01_toy.ipynb is no notebook .*restore it by git"):
+        pipeline.state("p")
 
 
 def test_folds_are_checked_where_the_corpus_is_here(world, monkeypatch):

@@ -122,7 +122,8 @@ def test_every_run_is_a_point(runs):
 
 
 def test_devices_are_named_where_they_differ(runs):
-    assert plots.devices(runs.assign(device="cpu")) == ""
+    here = runs.assign(device="cpu")
+    assert plots.devices(here) == "" == plots.devices(here[:0])
     told = plots.devices(runs.assign(device=["cpu", "NVIDIA H200", "cpu"]))
     assert told.startswith(" On NVIDIA H200, not CPU, rows and seeds: full 1; their differences")
 

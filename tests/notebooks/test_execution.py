@@ -1,4 +1,4 @@
-"""Every notebook runs from its first cell to its last, headless, on tiny corpora."""
+"""Every notebook runs from its first cell to its last, headless, with a tiny model."""
 
 import os
 import shutil
