@@ -42,7 +42,7 @@ STAGE_2 = next((stem for stem in NOTEBOOKS if stem.startswith("04_")), "04_finet
 OF_DATA = [stem for stem in NOTEBOOKS
            if stem < STAGE_1 and (IS_DEFAULT or not stem.startswith("02_"))]  # fmt: skip
 OF_RUNS = [stem for stem in NOTEBOOKS if stem > STAGE_2]
-LONGEST = [stem for stem in OF_RUNS if stem.startswith("06_")]  # begins first
+LONGEST = [stem for stem in OF_RUNS if stem.startswith(("05_", "06_"))]  # begin first
 THREADS = int(config.get("threads", 4))  # of a job that trains
 
 RUNS = Path(os.path.relpath(runs_dir(PROFILE).parent))

@@ -9,6 +9,7 @@ which the paper frames, pale for P2 and N2. Both scales stay apart for colour-bl
 from io import BytesIO
 from pathlib import Path
 from textwrap import fill
+from weakref import WeakKeyDictionary
 
 import matplotlib as mpl
 import matplotlib.pyplot as plt
@@ -43,6 +44,7 @@ PAIR_NAMES = {
 INK = "#222222"
 MUTED = "#8A8A8A"
 DPI = 110
+_DRAWN: WeakKeyDictionary[Figure, Path] = WeakKeyDictionary()  # what `save_figure` has written
 
 _RC = {
     "figure.dpi": DPI,
@@ -84,15 +86,17 @@ def figures_dir(profile: str) -> Path:
 
 
 def compact(fig: Figure) -> DisplayImage:
-    """Show a figure in few bytes, for notebooks with many figures; its file stays as it is saved.
+    """Show a figure in few bytes: the picture that `save_figure` wrote, where it did, drawn once.
 
     Args:
         fig: the finished figure; it is closed, so that the notebook does not show it twice.
     """
-    full, small = BytesIO(), BytesIO()
-    fig.savefig(full, dpi=80, metadata={"Software": None})
+    drawn, small = _DRAWN.get(fig), BytesIO()
+    if drawn is None:
+        drawn = BytesIO()
+        fig.savefig(drawn, metadata={"Software": None})
     plt.close(fig)
-    with Image.open(full) as image:
+    with Image.open(drawn) as image:
         # of 256 colours; the default method would merge the few points of a legend with others
         palette = image.convert("RGB").quantize(method=Image.Quantize.MAXCOVERAGE, dither=0)
         palette.save(small, "PNG", optimize=True)
@@ -159,4 +163,5 @@ def save_figure(
             with in_one_step(target.with_suffix(ending)) as path:
                 fig.savefig(path, format=ending[1:], metadata={field: None, "Source": producer})
             fig.set_layout_engine("none")  # laid out once, which takes longer than drawing
+    _DRAWN[fig] = target
     return target
