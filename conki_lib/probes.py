@@ -17,7 +17,7 @@ from sklearn.preprocessing import StandardScaler
 
 from conki_lib.data.store import FeatureStore, SplitView
 from conki_lib.metrics import mosi_metrics
-from conki_lib.statistics import draw_units, weighted_scores
+from conki_lib.statistics import draw_units, drawn_scores
 
 ALPHAS = np.logspace(-1, 5, 13)
 MOST_WORDS = 1000
@@ -165,9 +165,8 @@ def score_groups(
     lines = []
     for group, chosen in groups.items():
         p, t, v = y_hat[chosen], y[chosen], names[chosen]
-        units, drawn = draw_units(np.random.default_rng(seed), v, draws)
-        found = weighted_scores(p[None], t, np.vstack([np.ones(len(t)), drawn]))
-        line = {"group": group, "n": len(t), "videos": units}
+        found = drawn_scores(p[None], t, draw_units(np.random.default_rng(seed), v, draws))
+        line = {"group": group, "n": len(t), "videos": len(set(v))}
         line["majority"] = float(max((t[t != 0] > 0).mean(), (t[t != 0] < 0).mean()))
         for name in ("acc2_non0", "corr"):
             value, defined = found[name][0, 0], found[name][1:, 0]

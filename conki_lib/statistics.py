@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
-from jaxtyping import Float
+from jaxtyping import Float, Int, Shaped
 from scipy import stats
 
 from conki_lib.config import ROOT
@@ -69,40 +69,70 @@ def summarise(runs: pd.DataFrame, metrics: Sequence[str]) -> pd.DataFrame:
     return table
 
 
-# ---- metrics under weights ----------------------------------------------------------------------
+# ---- metrics of bootstrap samples ---------------------------------------------------------------
 
 
-def weighted_scores(
-    y_hat: Float[np.ndarray, "S N"],
-    y: Float[np.ndarray, " N"],
-    weights: Float[np.ndarray, "D N"],
-    *,
-    metrics: str = "mosi",
-) -> dict[str, Float[np.ndarray, "D S"]]:
-    """Score S runs under D weightings of the utterances at once; equal weights give the metrics.
+class Draws(NamedTuple):
+    """Samples of whole units, such as videos: how often each sample counts each unit.
+
+    `unit` names the unit of each utterance by its column in `counts`.
+    """
+
+    counts: Float[np.ndarray, "D U"]
+    unit: Int[np.ndarray, " N"]
+
+    def sums(self, values: Shaped[np.ndarray, "S N"]) -> Float[np.ndarray, "D S"]:
+        """Sum the values of S runs in every sample; units are summed first, as they are fewer."""
+        whole = [np.bincount(self.unit, row, self.counts.shape[1]) for row in values]
+        return self.counts @ np.array(whole).T
+
+
+def draw_units(rng: np.random.Generator, names: Sequence[str] | np.ndarray, draws: int) -> Draws:
+    """Draw whole units, such as videos, with replacement: the bootstrap of this project.
+
+    Args:
+        rng: the source of chance.
+        names: the unit of each utterance.
+        draws: bootstrap samples.
+
+    Returns:
+        One sample that counts every unit once, then the drawn ones.
+    """
+    units, place = np.unique(names, return_inverse=True)
+    counts = rng.multinomial(len(units), np.full(len(units), 1 / len(units)), draws)
+    return Draws(np.vstack([np.ones(len(units)), counts]), place)
+
+
+def drawn_scores(
+    y_hat: Float[np.ndarray, "S N"], y: Float[np.ndarray, " N"], draws: Draws,
+    *, metrics: str = "mosi",
+) -> dict[str, Float[np.ndarray, "D S"]]:  # fmt: skip
+    """Score S runs on D samples of the utterances at once.
 
     Args:
         y_hat: predictions of each run.
         y: truth.
-        weights: how often each utterance counts.
+        draws: the samples; one that counts each unit once gives the metrics.
         metrics: ``"mosi"`` or ``"sims"``.
 
     Returns:
-        Metric -> one value per weighting and run; undefined ones are nan.
+        Metric -> one value per sample and run; undefined ones are nan.
     """
     p, t = y_hat.astype(np.float32), y.astype(np.float32)
     if metrics == "sims":
         p, t = p.clip(-1, 1), t.clip(-1, 1)
-    scores = {"mae": weights @ np.abs(p.astype(float) - t).T / weights.sum(1, keepdims=True)}
-    scores["corr"] = _weighted_corr(p.astype(float), t.astype(float), weights)
+    everyone = np.ones(len(t))
+    scores = {"mae": draws.sums(np.abs(p.astype(float) - t)) / draws.sums(everyone[None])}
+    scores["corr"] = _drawn_corr(p.astype(float), t.astype(float), draws)
     said, true = _classes(p, metrics), _classes(t, metrics)
     for name in said:
-        w = weights * (t != 0) if name == "acc2_non0" else weights
+        kept = (t != 0).astype(float) if name == "acc2_non0" else everyone
+        n = draws.sums(kept[None])
         with np.errstate(invalid="ignore", divide="ignore"):
-            scores[name] = w @ (said[name] == true[name]).T.astype(float) / w.sum(1, keepdims=True)
+            scores[name] = draws.sums((said[name] == true[name]) * kept) / n
             if name.startswith("acc2"):
                 f1 = name.replace("acc2", "f1")
-                scores[f1] = _weighted_f1(said[name], true[name], w)
+                scores[f1] = _drawn_f1(said[name], true[name], kept, draws) / n
     return {name: scores[name] for name in METRICS[metrics]}
 
 
@@ -115,24 +145,24 @@ def _classes(values: np.ndarray, metrics: str) -> dict[str, np.ndarray]:
     return found | {"acc2_has0": values >= 0, "acc2_non0": values > 0}
 
 
-def _weighted_corr(p: np.ndarray, t: np.ndarray, w: np.ndarray) -> np.ndarray:
-    w = w / w.sum(1, keepdims=True)
+def _drawn_corr(p: np.ndarray, t: np.ndarray, draws: Draws) -> np.ndarray:
+    n = draws.sums(np.ones((1, len(t))))
     p = p - p.mean(1, keepdims=True)
     t = t - t.mean()
-    mean_p, mean_t = w @ p.T, (w @ t)[:, None]
-    cov = w @ (p * t).T - mean_p * mean_t
-    var_p, var_t = w @ (p * p).T - mean_p**2, (w @ (t * t))[:, None] - mean_t**2
+    mean_p, mean_t = draws.sums(p) / n, draws.sums(t[None]) / n
+    cov = draws.sums(p * t) / n - mean_p * mean_t
+    var_p, var_t = draws.sums(p * p) / n - mean_p**2, draws.sums((t * t)[None]) / n - mean_t**2
     with np.errstate(invalid="ignore", divide="ignore"):
         return np.where((var_p > 1e-18) & (var_t > 1e-18), cov / np.sqrt(var_p * var_t), np.nan)
 
 
-def _weighted_f1(said: np.ndarray, true: np.ndarray, w: np.ndarray) -> np.ndarray:
-    total = np.zeros((len(w), len(said)))
+def _drawn_f1(said: np.ndarray, true: np.ndarray, kept: np.ndarray, draws: Draws) -> np.ndarray:
+    total = np.zeros((len(draws.counts), len(said)))
     for c in (False, True):
-        hit = w @ ((said == c) & (true == c)).T.astype(float)
-        says, has = w @ (said == c).T.astype(float), (w @ (true == c))[:, None]
+        hit = draws.sums(((said == c) & (true == c)) * kept)
+        says, has = draws.sums((said == c) * kept), draws.sums(((true == c) * kept)[None])
         total += has * np.divide(2 * hit, says + has, out=np.zeros_like(hit), where=says + has > 0)
-    return total / w.sum(1, keepdims=True)
+    return total
 
 
 # ---- paired differences -------------------------------------------------------------------------
@@ -222,37 +252,16 @@ def _differences(
     pair: Pair, name: str, metrics: str, clusters: Mapping[str, str] | None, draws: int, seed: int
 ) -> list[dict]:
     S, N = pair.row.shape
-    rng = np.random.default_rng(seed)
     names = [clusters[i] for i in pair.ids] if clusters else pair.ids
-    units, drawn = draw_units(rng, names, draws)
-    row, base = (
-        weighted_scores(x, pair.y, np.vstack([np.ones(N), drawn]), metrics=metrics)
-        for x in (pair.row, pair.base)
-    )
+    drawn = draw_units(np.random.default_rng(seed), names, draws)
+    row, base = (drawn_scores(x, pair.y, drawn, metrics=metrics) for x in (pair.row, pair.base))
+    units = drawn.counts.shape[1]
     values = {metric: row[metric] - base[metric] for metric in METRICS[metrics]}
     return [
         {"variant": name, "metric": metric, "seeds": S, "utterances": N, "units": units}
         | crossed_interval(value[0], value[1:], units)
         for metric, value in values.items()
     ]
-
-
-def draw_units(
-    rng: np.random.Generator, names: Sequence[str] | np.ndarray, draws: int
-) -> tuple[int, Float[np.ndarray, "D N"]]:
-    """Draw whole units, such as videos, with replacement: the bootstrap of this project.
-
-    Args:
-        rng: the source of chance.
-        names: the unit of each utterance.
-        draws: bootstrap samples.
-
-    Returns:
-        How many units there are; how often each sample counts each utterance.
-    """
-    units, place = np.unique(names, return_inverse=True)
-    counts = rng.multinomial(len(units), np.full(len(units), 1 / len(units)), draws)
-    return len(units), counts[:, place].astype(float)
 
 
 def crossed_interval(

@@ -31,7 +31,8 @@ def test_equal_weights_give_the_metrics(metrics, limit):
     table = predictions(n=200, limit=limit)
     score = sims_metrics if metrics == "sims" else mosi_metrics
     pair = statistics.pair_up(*statistics.by_run(table), "w/o N1")
-    found = statistics.weighted_scores(pair.row, pair.y, np.ones((1, 200)), metrics=metrics)
+    once = statistics.Draws(np.ones((1, 200)), np.arange(200))
+    found = statistics.drawn_scores(pair.row, pair.y, once, metrics=metrics)
     assert tuple(found) == statistics.METRICS[metrics]
     for s in range(3):
         for name, value in score(y_hat=pair.row[s], y=pair.y).items():
@@ -41,7 +42,7 @@ def test_equal_weights_give_the_metrics(metrics, limit):
 def test_a_weight_counts_like_a_repetition():
     pair = statistics.pair_up(*statistics.by_run(predictions(n=30)), "w/o N1")
     weights = np.random.default_rng(1).integers(0, 4, (1, 30)).astype(float)
-    found = statistics.weighted_scores(pair.row, pair.y, weights)
+    found = statistics.drawn_scores(pair.row, pair.y, statistics.Draws(weights, np.arange(30)))
     repeated = np.repeat(np.arange(30), weights[0].astype(int))
     for name, value in mosi_metrics(y_hat=pair.row[0][repeated], y=pair.y[repeated]).items():
         assert np.isclose(found[name][0, 0], value), name
@@ -49,7 +50,8 @@ def test_a_weight_counts_like_a_repetition():
 
 def test_undefined_metrics_are_nan():
     y = np.zeros(5, np.float32)
-    found = statistics.weighted_scores(np.ones((1, 5), np.float32), y, np.ones((1, 5)))
+    once = statistics.Draws(np.ones((1, 5)), np.arange(5))
+    found = statistics.drawn_scores(np.ones((1, 5), np.float32), y, once)
     assert all(np.isnan(found[name][0, 0]) for name in ("corr", "acc2_non0", "f1_non0"))
     assert found["mae"][0, 0] == 1
 

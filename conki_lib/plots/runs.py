@@ -141,8 +141,9 @@ def mean_errors(
             n, names = len(error), np.asarray(videos)[chosen]
             low, high = np.nan, np.nan
             if min(n, 2 * len(set(names))) >= FEWEST:
-                drawn = draw_units(np.random.default_rng(0), names, 2000)[1]
-                low, high = np.quantile(drawn @ error / drawn.sum(1), [0.025, 0.975])
+                drawn = draw_units(np.random.default_rng(0), names, 2000)
+                means = drawn.sums(error[None]) / drawn.sums(np.ones((1, n)))
+                low, high = np.quantile(means[1:], [0.025, 0.975])
             mae = error.mean() if n else np.nan
             rows.append({"run": run, "group": group, "n": n, "mae": mae, "low": low, "high": high})
     return pd.DataFrame(rows)

@@ -13,7 +13,7 @@ from weakref import WeakKeyDictionary
 
 import matplotlib as mpl
 import matplotlib.pyplot as plt
-import seaborn as sns
+from cycler import cycler
 from IPython.display import Image as DisplayImage
 from matplotlib.figure import Figure
 from PIL import Image
@@ -51,20 +51,33 @@ _RC = {
     "savefig.dpi": DPI,
     "figure.constrained_layout.use": True,
     "font.family": "DejaVu Sans",
+    "font.size": 12,
     "axes.titlesize": 11,
     "axes.titleweight": "bold",
     "axes.titlelocation": "left",
     "axes.labelsize": 10,
     "axes.edgecolor": MUTED,
+    "axes.linewidth": 1.25,
+    "axes.prop_cycle": cycler(color=list(REP_COLORS.values())),
     "axes.labelcolor": INK,
     "text.color": INK,
+    "xtick.bottom": False,
     "xtick.labelsize": 9,
+    "xtick.major.size": 6,
+    "xtick.major.width": 1.25,
+    "ytick.left": False,
     "ytick.labelsize": 9,
+    "ytick.major.size": 6,
+    "ytick.major.width": 1.25,
     "legend.fontsize": 9,
+    "legend.title_fontsize": 12,
     "legend.frameon": False,
     "axes.spines.top": False,
     "axes.spines.right": False,
     "grid.color": "#E6E6E6",
+    "grid.linewidth": 1,
+    "patch.edgecolor": "w",
+    "patch.force_edgecolor": True,
     "svg.hashsalt": "conki",
     "svg.fonttype": "path",
 }
@@ -72,7 +85,7 @@ _RC = {
 
 def use_style() -> None:
     """Set the project's theme for all figures drawn after this call."""
-    sns.set_theme(context="notebook", style="whitegrid", palette=list(REP_COLORS.values()), rc=_RC)
+    plt.style.use(["seaborn-v0_8-whitegrid", _RC])
 
 
 def rep_label(name: str) -> str:
