@@ -193,7 +193,9 @@ def agree(
     """
     jobs.mkdir(parents=True, exist_ok=True)
     now = sources(profile)
-    before = _read(jobs / "sources")
+    before: dict[str, str] = {}
+    with contextlib.suppress(OSError, ValueError):  # there is none, or another version wrote it
+        before = dict(json.loads((jobs / "sources").read_text()))
     drawn = all(before.get(name) in (held, "") for name, held in now.items())
     for path, is_there in finished.items():
         if not is_there or (path in drawing and not drawn):
@@ -207,13 +209,6 @@ def agree(
     for path in stale:
         Path(path).unlink(missing_ok=True)
     write_text(jobs / "sources", json.dumps(now) + "\n")
-
-
-def _read(path: Path) -> dict[str, str]:
-    """What `agree` wrote; nothing where there is none, or another version wrote it."""
-    with contextlib.suppress(OSError, ValueError):
-        return dict(json.loads(path.read_text()))
-    return {}
 
 
 def lock(profile: str) -> list[int]:

@@ -108,6 +108,16 @@ def test_a_compact_figure_keeps_the_colours_of_its_legend() -> None:
         assert np.abs(pixels - wanted).max(1).min() < 16, colour
 
 
+def test_a_notebook_shows_the_file_that_was_written(tmp_path: Path) -> None:
+    figure, ax = plt.subplots()
+    ax.plot([0, 1], color=REP_COLORS["O_t"])
+    path = save_figure(figure, "x", "p", producer="nb", folder=tmp_path)
+    ax.set_title("what is done to a saved figure, its picture does not show")
+    with Image.open(BytesIO(compact(figure).data)) as shown, Image.open(path) as written:
+        pixels = [np.asarray(image.convert("RGB")).astype(int) for image in (shown, written)]
+    assert np.abs(pixels[0] - pixels[1]).max() < 16
+
+
 def test_figures_go_to_the_profiles_folder() -> None:
     assert figures_dir("mosi-open") == ROOT / "figures" / "mosi-open"
 

@@ -1,6 +1,7 @@
 """Pictures of corpora: labels, lengths, ranges of features, example sequences, defects."""
 
 from collections.abc import Mapping, Sequence
+from textwrap import shorten
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -259,7 +260,8 @@ def example_figure(store: FeatureStore, utterances: Sequence[Utterance]) -> Figu
         said = f"\u201c{u.text}\u201d" if u.text else "(no text in this corpus)"
         if any(ord(c) >= _FIRST_CJK for c in u.text):
             said = f"(utterance {u.id})"
-        row[0].set_title(_cut(f"y = {u.y:+.1f}   {said}", 100), fontsize=9.5)
+        title = shorten(f"y = {u.y:+.1f}: {said}", 100, placeholder=" ...")
+        row[0].set_title(title, fontsize=9.5)
     for ax in axes[-1]:
         ax.set_xlabel("step")
         ax.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -281,10 +283,6 @@ def draw_frames(
                         interpolation="nearest")  # fmt: skip
     ax.grid(visible=False)
     return picture
-
-
-def _cut(text: str, most: int) -> str:
-    return text if len(text) <= most else text[: most - 3] + "..."
 
 
 # --- defects -----------------------------------------------------------------------------------

@@ -214,7 +214,8 @@ def pair_cosines(cosines: pd.DataFrame) -> Figure:
         for k, value in enumerate(values):
             fill = color if k == 0 else "white"
             ax.plot(value, place, RUN_MARKERS[k % 4], ms=9, mfc=fill, mec=color, mew=1.8)
-    ax.set_yticks(range(len(PAIR_COLORS)), [_pull(name) for name in PAIR_COLORS])
+    told = [f"{k}  {'pull together' if k.startswith('P') else 'push apart'}" for k in PAIR_COLORS]
+    ax.set_yticks(range(len(PAIR_COLORS)), told)
     ax.set(ylim=(len(PAIR_COLORS) - 0.5, -0.5), xlim=(-1.05, 1.05), xlabel="mean cosine")
     ax.axvline(0, color=MUTED, lw=1)
     handles = [
@@ -224,10 +225,6 @@ def pair_cosines(cosines: pd.DataFrame) -> Figure:
     ]  # fmt: skip
     fig.legend(handles=handles, loc="outside right upper")
     return fig
-
-
-def _pull(name: str) -> str:
-    return f"{name}  {'pull together' if name.startswith('P') else 'push apart'}"
 
 
 # --- the architecture as a drawing --------------------------------------------------------------

@@ -104,10 +104,9 @@ def compact(fig: Figure) -> DisplayImage:
     Args:
         fig: the finished figure; it is closed, so that the notebook does not show it twice.
     """
-    drawn, small = _DRAWN.get(fig), BytesIO()
-    if drawn is None:
-        drawn = BytesIO()
-        fig.savefig(drawn, metadata={"Software": None})
+    small = BytesIO()
+    if (drawn := _DRAWN.get(fig)) is None:
+        fig.savefig(drawn := BytesIO(), metadata={"Software": None})
     plt.close(fig)
     with Image.open(drawn) as image:
         # of 256 colours; the default method would merge the few points of a legend with others
