@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 from jaxtyping import Float, Int, Shaped
-from scipy import stats
+from scipy.special import stdtr, stdtrit
 
 from conki_lib.config import ROOT
 from conki_lib.data import corpus_path, open_store
@@ -304,8 +304,8 @@ def crossed_interval(
     if se == 0:
         return nothing | {"low": mean, "high": mean, "se": 0.0}
     df = se**4 / sum(part**2 / k for part, k in zip(parts, free, strict=True))
-    reach = float(stats.t.ppf(0.975, df)) * se
-    p = 2 * float(stats.t.sf(abs(mean) / se, df)) if S > 1 else math.nan
+    reach = float(stdtrit(df, 0.975)) * se
+    p = 2 * float(stdtr(df, -abs(mean) / se)) if S > 1 else math.nan
     return {"difference": mean, "low": mean - reach, "high": mean + reach, "se": se, "p": p}
 
 
