@@ -88,15 +88,15 @@ def shares_stage_1(name, seed, fold):
 def needs(wildcards):
     """Stage 1, where it is shared, and the rows that `full` shows beside itself.
 
-    On one machine, a `full` that trains does not wait for w/o C4: its notebook trains that row
-    too, or waits for the job that does.
+    On one machine, a row that trains does not wait for stage 1, nor `full` for w/o C4: who comes
+    first trains them, too, and the others wait for that. Notebook 03 follows when a core is free.
     """
     name, seed, fold = wildcards.name, int(wildcards.seed), wildcards.fold
     found = []
-    if shares_stage_1(name, seed, fold):
+    side_by_side = workflow.local_exec and not training(CONFIGS[name, seed, fold], 2)
+    if shares_stage_1(name, seed, fold) and not side_by_side:
         found += [ancient(marker("stage1", f"s{seed}"))]
     if name == "full":
-        side_by_side = workflow.local_exec and not training(CONFIGS[name, seed, fold], 2)
         beside = ("text-only",) if side_by_side else ("text-only", "wo-C4")
         found += [marker(other, f"s{seed}", fold) for other in beside if other in VARIANTS]
     return found
@@ -117,8 +117,12 @@ def agree():
     pipeline.agree(PROFILE, JOBS, truth, drawing=drawing, of_data=of_data, of_runs=of_runs)
 
 
-TRAINED = [marker("stage1", f"s{seed}") for seed in STAGE_1_SEEDS]
-TRAINED += [marker(name, f"s{seed}", fold) for name, seed, fold in CONFIGS]
+FIRST = {seed: marker("stage1", f"s{seed}") for seed in STAGE_1_SEEDS}
+SECOND = [marker(name, f"s{seed}", fold) for name, seed, fold in CONFIGS]
+TRAINED = [*FIRST.values(), *SECOND]
+SHARED = {seed for name, seed, fold in CONFIGS if shares_stage_1(name, seed, fold)}
+# what is merged; a run that has ended has its stage 1, whether notebook 03 has shown it or not
+RECORDED = SECOND + [path for seed, path in FIRST.items() if seed not in SHARED]
 
 
 def end_anew():
@@ -179,7 +183,6 @@ rule stage_1:
         train=lambda w: training(ablation.configure(PROFILE, "full", int(w.seed)), 1),
         out=str(EXECUTED / f"{STAGE_1}-s{{seed}}.ipynb"),
     threads: THREADS
-    priority: 2
     resources:
         mem_mb=8000, runtime=240,
     shell:
@@ -187,14 +190,14 @@ rule stage_1:
         " {params.train} -o {params.out:q}"
 
 
-rule variant:
+rule variant:  # the notebooks on the data come before it: it would wait for stage 1, they do not
     input:
         needs,
         stores=ancient(STORES),
     output:
         touch(marker("{name}", "s{seed}", "{fold}")),
     wildcard_constraints:
-        name=any_of(VARIANTS), seed=r"\d+", fold=r"[\w.-]+",
+        name=any_of(set(VARIANTS) - {"full"}), seed=r"\d+", fold=r"[\w.-]+",
     params:
         train=lambda w: training(CONFIGS[w.name, int(w.seed), w.fold], 2),
         variant=lambda w: shlex.quote(f"variant={VARIANTS[w.name]}"),
@@ -208,9 +211,15 @@ rule variant:
         " -p fold={wildcards.fold} {params.train} -o {params.out:q}"
 
 
+use rule variant as full with:  # begins first: it trains the stage 1 that others share
+    wildcard_constraints:
+        name=any_of({"full"} & set(VARIANTS)), seed=r"\d+", fold=r"[\w.-]+",
+    priority: 3
+
+
 rule merge:
     input:
-        TRAINED,
+        RECORDED,
     output:
         marker("merge"),  # says what the reports are made from
     shell:
@@ -226,6 +235,7 @@ rule report:
         stem=any_of(stem for stem in OF_DATA + OF_RUNS if stem not in LONGEST),
     params:
         out=str(EXECUTED / "{stem}.ipynb"),
+    priority: 2
     resources:
         mem_mb=4000, runtime=60,
     shell:
@@ -235,7 +245,7 @@ rule report:
 use rule report as longest_report with:
     wildcard_constraints:
         stem=any_of(LONGEST),
-    priority: 1
+    priority: 3
 
 
 rule index:  # notebooks draw side by side: the list of figures is written when all have ended

@@ -504,16 +504,23 @@ def plan(tmp_path_factory) -> str:
 def test_the_plan_has_one_job_per_run(plan):
     count = dict(re.findall(r"^(\w+) +(\d+)$", plan, re.M))
     assert count["fetch"] == "2" and count["stage_1"] == "2"
-    assert count["variant"] == "8" and count["merge"] == "1"
+    assert count["variant"] == "6" and count["full"] == "2" and count["merge"] == "1"
 
 
 def test_the_plan_orders_what_depends_on_each_other(plan):
-    jobs = re.findall(r"rule variant:\n    input: (.*)\n    output: .*/(\S+)\n", plan)
-    inputs = {name: [Path(x).name for x in needs.split(", ")] for needs, name in jobs}
-    assert {"stage1-s71", "text-only-s71-standard"} <= set(inputs["full-s71-standard"])
+    inputs = plan_inputs(plan)
+    assert "text-only-s71-standard" in inputs["full-s71-standard"]
     assert "wo-C4-s71-standard" not in inputs["full-s71-standard"]  # trained side by side
-    assert "stage1-s70" in inputs["wo-C4-s70-standard"]
-    assert not any(x.startswith("stage1") for x in inputs["wo-C1-s70-standard"])
+    for name in ("full-s71-standard", "wo-C4-s70-standard", "wo-C1-s70-standard", "merge"):
+        assert not any(x.startswith("stage1") for x in inputs[name]), name  # as is stage 1
+    assert "full-s70-standard" in inputs["merge"] and "stage1-s70" in inputs["index"]
+    assert "stage1-s70" in inputs["all"]
+
+
+def plan_inputs(plan: str) -> dict[str, list[str]]:
+    """What each job of a plan needs, by the name of its marker."""
+    jobs = re.findall(r"rule (\w+):\n    input: (.*)\n(?:    output: .*/(\S+)\n)?", plan)
+    return {name or rule: [Path(x).name for x in needs.split(", ")] for rule, needs, name in jobs}
 
 
 def test_jobs_ask_for_memory_and_time(plan):
@@ -529,12 +536,14 @@ def test_jobs_ask_for_memory_and_time(plan):
 @pytest.mark.parametrize("name", ["slurm", "kubernetes"])
 def test_on_a_cluster_rules_that_train_ask_for_a_gpu(name):
     profile = yaml.safe_load((ROOT / f"profiles/{name}/config.yaml").read_text())
-    rules = set(re.findall(r"^rule (\w+):", (ROOT / "Snakefile").read_text(), re.M))
+    found = re.findall(r"^(?:use rule \w+ as|rule) (\w+)", (ROOT / "Snakefile").read_text(), re.M)
+    rules = set(found)
     given = profile["set-resources"]
     assert set(given) <= rules and set(profile["set-threads"]) <= rules
     assert {rule for rule, asked in given.items() if asked.get("gpu") == 1} == {
         "stage_1",
         "variant",
+        "full",
     }
     assert profile["retries"] >= 1 and profile["rerun-triggers"] == ["mtime"]
 
