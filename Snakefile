@@ -90,13 +90,15 @@ def needs(wildcards):
 
     On one machine, a row that trains does not wait for stage 1, nor `full` for w/o C4: who comes
     first trains them, too, and the others wait for that. Notebook 03 follows when a core is free.
+    A row that is only shown needs no stage 1.
     """
     name, seed, fold = wildcards.name, int(wildcards.seed), wildcards.fold
     found = []
-    side_by_side = workflow.local_exec and not training(CONFIGS[name, seed, fold], 2)
-    if shares_stage_1(name, seed, fold) and not side_by_side:
+    trains = not training(CONFIGS[name, seed, fold], 2)
+    if trains and not workflow.local_exec and shares_stage_1(name, seed, fold):
         found += [ancient(marker("stage1", f"s{seed}"))]
     if name == "full":
+        side_by_side = trains and workflow.local_exec
         beside = ("text-only",) if side_by_side else ("text-only", "wo-C4")
         found += [marker(other, f"s{seed}", fold) for other in beside if other in VARIANTS]
     return found
@@ -117,12 +119,20 @@ def agree():
     pipeline.agree(PROFILE, JOBS, truth, drawing=drawing, of_data=of_data, of_runs=of_runs)
 
 
-FIRST = {seed: marker("stage1", f"s{seed}") for seed in STAGE_1_SEEDS}
-SECOND = [marker(name, f"s{seed}", fold) for name, seed, fold in CONFIGS]
-TRAINED = [*FIRST.values(), *SECOND]
-SHARED = {seed for name, seed, fold in CONFIGS if shares_stage_1(name, seed, fold)}
-# what is merged; a run that has ended has its stage 1, whether notebook 03 has shown it or not
-RECORDED = SECOND + [path for seed, path in FIRST.items() if seed not in SHARED]
+STAGES_1 = {seed: marker("stage1", f"s{seed}") for seed in STAGE_1_SEEDS}
+STAGES_2 = [marker(name, f"s{seed}", fold) for name, seed, fold in CONFIGS]
+TRAINED = [*STAGES_1.values(), *STAGES_2]
+
+
+def comes_along(seed):
+    """Is a stage 1 there once all runs of stage 2 have ended, before notebook 03 has shown it?"""
+    return is_done(ablation.configure(PROFILE, "full", seed), 1) or any(
+        s == seed and shares_stage_1(name, s, fold) and not is_done(chosen, 2)
+        for (name, s, fold), chosen in CONFIGS.items()
+    )
+
+
+RECORDED = STAGES_2 + [path for seed, path in STAGES_1.items() if not comes_along(seed)]
 
 
 def end_anew():
@@ -197,7 +207,7 @@ rule variant:  # the notebooks on the data come before it: it would wait for sta
     output:
         touch(marker("{name}", "s{seed}", "{fold}")),
     wildcard_constraints:
-        name=any_of(set(VARIANTS) - {"full"}), seed=r"\d+", fold=r"[\w.-]+",
+        name=any_of(name for name in VARIANTS if name != "full"), seed=r"\d+", fold=r"[\w.-]+",
     params:
         train=lambda w: training(CONFIGS[w.name, int(w.seed), w.fold], 2),
         variant=lambda w: shlex.quote(f"variant={VARIANTS[w.name]}"),
@@ -211,9 +221,9 @@ rule variant:  # the notebooks on the data come before it: it would wait for sta
         " -p fold={wildcards.fold} {params.train} -o {params.out:q}"
 
 
-use rule variant as full with:  # begins first: it trains the stage 1 that others share
+use rule variant as full with:  # begins first, or after text-only: others share its stage 1
     wildcard_constraints:
-        name=any_of({"full"} & set(VARIANTS)), seed=r"\d+", fold=r"[\w.-]+",
+        name=any_of(name for name in VARIANTS if name == "full"), seed=r"\d+", fold=r"[\w.-]+",
     priority: 3
 
 
@@ -222,6 +232,7 @@ rule merge:
         RECORDED,
     output:
         marker("merge"),  # says what the reports are made from
+    priority: 3
     shell:
         "{CONKI} merge {PROFILE} --state > {output:q}"
 

@@ -175,10 +175,10 @@ Written by `python bench/profiles.py`; every number below comes from `results/be
 runs: both corpora are generated, three models trained in two stages, all notebooks executed.
 `mosi-open`: `conki train --profile mosi-open`, both stages, corpora fetched before. Seconds of jobs
 are by the clock, from Snakemake's log; jobs run side by side, so they add up to more than the
-whole. Each begins with a new Python process, most with a kernel. `full` trains stage 1, too, and
-w/o C4 waits for that; notebook 03, the job `stage1`, finds it done. Notebooks 05 and 06 show kept
-figure data where these are of runs with equal settings, data and code, as they are on a clean
-checkout; else they measure trained models anew, which takes longer.
+whole. Each begins with a new Python process, most with a kernel. As a rule `full` trains stage 1,
+too, w/o C4 waits for that, and notebook 03, the job `stage1`, finds it done. Notebooks 05 and 06
+show kept figure data where these are of runs with equal settings, data and code, as they are on a
+clean checkout; else they measure trained models anew, which takes longer.
 
 {parts}"""
 PART = """## Where `precision: auto` is {precision}

@@ -501,6 +501,12 @@ def plan(tmp_path_factory) -> str:
     return done.stdout + done.stderr
 
 
+def plan_inputs(plan: str) -> dict[str, list[str]]:
+    """What each job of a plan needs, by the name of its marker."""
+    jobs = re.findall(r"rule (\w+):\n    input: (.*)\n(?:    output: .*/(\S+)\n)?", plan)
+    return {name or rule: [Path(x).name for x in needs.split(", ")] for rule, needs, name in jobs}
+
+
 def test_the_plan_has_one_job_per_run(plan):
     count = dict(re.findall(r"^(\w+) +(\d+)$", plan, re.M))
     assert count["fetch"] == "2" and count["stage_1"] == "2"
@@ -515,12 +521,6 @@ def test_the_plan_orders_what_depends_on_each_other(plan):
         assert not any(x.startswith("stage1") for x in inputs[name]), name  # as is stage 1
     assert "full-s70-standard" in inputs["merge"] and "stage1-s70" in inputs["index"]
     assert "stage1-s70" in inputs["all"]
-
-
-def plan_inputs(plan: str) -> dict[str, list[str]]:
-    """What each job of a plan needs, by the name of its marker."""
-    jobs = re.findall(r"rule (\w+):\n    input: (.*)\n(?:    output: .*/(\S+)\n)?", plan)
-    return {name or rule: [Path(x).name for x in needs.split(", ")] for rule, needs, name in jobs}
 
 
 def test_jobs_ask_for_memory_and_time(plan):

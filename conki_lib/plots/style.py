@@ -13,7 +13,6 @@ from weakref import WeakKeyDictionary
 
 import matplotlib as mpl
 import matplotlib.pyplot as plt
-from cycler import cycler
 from IPython.display import Image as DisplayImage
 from matplotlib.figure import Figure
 from PIL import Image
@@ -58,7 +57,7 @@ _RC = {
     "axes.labelsize": 10,
     "axes.edgecolor": MUTED,
     "axes.linewidth": 1.25,
-    "axes.prop_cycle": cycler(color=list(REP_COLORS.values())),
+    "axes.prop_cycle": plt.cycler(color=list(REP_COLORS.values())),
     "axes.labelcolor": INK,
     "text.color": INK,
     "xtick.bottom": False,
