@@ -101,7 +101,8 @@ def compact(fig: Figure) -> DisplayImage:
     """Show a figure in few bytes: where `save_figure` wrote it, the picture in that file.
 
     Args:
-        fig: the finished figure (what was done to it after saving does not show); it is closed, so that the notebook does not show it twice.
+        fig: the finished figure (what was done to it after saving does not show); it is closed, so
+            that the notebook does not show it twice.
     """
     small = BytesIO()
     if (drawn := _DRAWN.get(fig)) is None:
