@@ -42,7 +42,7 @@ from conki_lib.fitting import Job, fit, precision
 from conki_lib.model import build_model, freeze_for_injection
 from conki_lib.plots.style import PAIR_COLORS, use_style
 from conki_lib.states import StateReader, cached_states
-from conki_lib.training import _task_only, make_loaders
+from conki_lib.training import make_loaders, task_only
 
 CORPUS, NAME = "synthetic-external", "stage1_cache"
 BASE = dict(d=768, layers=12, heads=12, ff=3072)
@@ -148,7 +148,7 @@ class Bench:
         self.model.load_state_dict(self.start)
         job = TimedJob(
             f"{'cached' if cached else 'recomputed'} {turn}", self.model, self.loaders,
-            self.config.stage1, self.config.runtime, _task_only, (-3.0, 3.0),
+            self.config.stage1, self.config.runtime, task_only, (-3.0, 3.0),
             self.folder / f"fit-{cached}-{turn}", self.readers if cached else {},
         )  # fmt: skip
         job.folder.mkdir()

@@ -342,6 +342,15 @@ class RunConfig(_Group):
         """A copy with some settings changed, checked like a new one."""
         return RunConfig(**{**self.flat(), **changes})
 
+    def for_stage1(self) -> "RunConfig":
+        """The same stage 1, with defaults for all that it does not depend on.
+
+        Every row and fold that shares a stage 1 asks for it in the same words.
+        """
+        other = {name for name, (group, _) in _FLAT.items() if group in ("contrast", "stage2")}
+        other |= {"variant", "fold", "tuning"}
+        return RunConfig(**{k: v for k, v in self.flat().items() if k not in other})
+
     def identity(self, stage: int) -> dict[str, Any]:
         """The settings that determine a stage's result: no labels; for stage 1 nothing of stage 2.
 

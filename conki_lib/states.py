@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from filelock import FileLock
+from filelock import FileLock, Timeout
 from jaxtyping import Int
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -26,8 +26,7 @@ from conki_lib.encoders import Encoded
 from conki_lib.model import ConKI
 from conki_lib.records import code_hash, runs_dir
 
-# bytes of one modality's states; above it, backbones are run anew in every epoch
-LARGEST = 32 * 2**30
+LARGEST = 32 * 2**30  # bytes of all states together; they are shared by all runs
 _GO_ON = "free some space, or set stage1_cache to false, which computes them anew in every epoch"
 
 
@@ -96,6 +95,7 @@ def cached_states(model: ConKI, loader: DataLoader, *, key: dict, modality: str)
 
     Returns:
         The states, or None where they would be larger than `LARGEST` or than the free space.
+        Where all together would be, those that were read longest ago are removed.
     """
     name = hashlib.sha256(json.dumps([key, code_hash()], sort_keys=True).encode()).hexdigest()[:12]
     folder = runs_dir("cache") / f"{modality}-{name}"
@@ -104,16 +104,30 @@ def cached_states(model: ConKI, loader: DataLoader, *, key: dict, modality: str)
         if not (folder / "states.json").is_file():
             steps = sum(int(batch.lengths[modality].sum()) + len(batch) for batch in loader)
             size = 4 * model.config.d * steps * len(model.plugged(modality))
-            free = shutil.disk_usage(folder.parent).free
-            if size > min(LARGEST, 0.8 * free):
+            if size > min(LARGEST, 0.8 * shutil.disk_usage(folder.parent).free):
                 print(
                     f"states of {modality}: {size / 1e9:.1f} GB are too many to cache; recomputing"
                 )
                 return None
+            _make_room(folder.parent, size)
             print(f"caching the states of modality {modality}: about {size / 1e6:.0f} MB")
             with explained("the cache of hidden states", folder.parent, _GO_ON):
                 _write(model, loader, folder, modality)
-    return States(folder)
+        (folder / "states.json").touch()  # read just now
+        return States(folder)
+
+
+def _make_room(cache: Path, size: int) -> None:
+    """Remove the states that were read longest ago, until all and new ones of this size fit."""
+    with FileLock(cache / "room.lock"):
+        found = sorted(cache.glob("[tva]-*/states.json"), key=lambda path: path.stat().st_mtime)
+        held = {f: sum(x.stat().st_size for x in f.parent.iterdir()) for f in found}
+        while found and sum(held.values()) + size > LARGEST:
+            oldest = found.pop(0)
+            with contextlib.suppress(Timeout), FileLock(f"{oldest.parent}.lock", timeout=0):
+                oldest.unlink()  # first: without it the rest is no cache
+                shutil.rmtree(oldest.parent)
+                held.pop(oldest)
 
 
 @torch.no_grad()

@@ -65,7 +65,7 @@ def inject_knowledge(config: RunConfig) -> Record:
     if config.data.external is None:
         raise ValueError("external is not set: this run has no stage 1; set external to a corpus")
     config, stores = resolve(config)
-    return _run_or_load(config, 1, stores, _stage1)
+    return _run_or_load(config.for_stage1(), 1, stores, _stage1)
 
 
 def fine_tune(config: RunConfig) -> Record:
@@ -192,9 +192,9 @@ def _stage1(config: RunConfig, stores: dict, folder: Path, data: dict[str, str])
     loaders = make_loaders(used, external, used.stage1, splits=("train", "valid"))
     readers = {}
     if config.stage1.cache and config.stage1.train == "adapters":
-        readers = _state_readers(model, used, external, loaders)
+        readers = state_readers(model, used, external, loaders)
     job = Job(
-        "stage 1", model, loaders, used.stage1, used.runtime, _task_only,
+        "stage 1", model, loaders, used.stage1, used.runtime, task_only,
         external.info.label_range, folder, readers,
     )  # fmt: skip
     best, history = fit(job)
@@ -234,7 +234,7 @@ def _stage2(config: RunConfig, stores: dict, folder: Path, data: dict[str, str])
     return _record(config, config, 2, folder, data, metrics, best, history)
 
 
-def _state_readers(model: nn.Module, config: RunConfig, store: FeatureStore, loaders: dict) -> dict:
+def state_readers(model: nn.Module, config: RunConfig, store: FeatureStore, loaders: dict) -> dict:
     """A cache reader per split, or nothing where states cannot be cached, and why not."""
     if config.model.padding != "masked":
         print("padding: released: states depend on their batch's padding; recomputing")
@@ -315,7 +315,7 @@ def make_loaders(
     return loaders
 
 
-def _task_only(output: Output, y: Tensor, share: float = 1.0) -> dict[str, Tensor]:
+def task_only(output: Output, y: Tensor, share: float = 1.0) -> dict[str, Tensor]:
     loss = share * task_loss(output.y_hat, y)
     return {"loss": loss, "loss_task": loss}
 
@@ -331,7 +331,7 @@ class Objective:
 
         `share` weighs the mean over this process's utterances; L_con is that of all processes.
         """
-        losses = _task_only(output, y, share)
+        losses = task_only(output, y, share)
         if output.names:
             c = self.contrast
             with torch.set_grad_enabled(torch.is_grad_enabled() and c.lam > 0):

@@ -21,13 +21,16 @@ from conki_lib.config import ROOT
 from conki_lib.pairs import REPS, SETS, pair_masks
 from conki_lib.plots import pairs as pictures
 from conki_lib.plots import plane as planes
+from conki_lib.plots import style
 from conki_lib.plots.index import figure_producer
 from conki_lib.plots.style import (
     PAIR_COLORS,
     REP_COLORS,
     REP_MARKERS,
     compact,
+    figure_keeper,
     figures_dir,
+    footnote,
     save_figure,
     use_style,
 )
@@ -108,25 +111,36 @@ def test_a_compact_figure_keeps_the_colours_of_its_legend() -> None:
         assert np.abs(pixels - wanted).max(1).min() < 16, colour
 
 
-def test_a_notebook_shows_the_file_that_was_written(tmp_path: Path) -> None:
-    figure, ax = plt.subplots()
-    ax.plot([0, 1], color=REP_COLORS["O_t"])
-    path = save_figure(figure, "x", "p", producer="nb", folder=tmp_path)
-    ax.set_title("what is done to a saved figure, its picture does not show")
-    with Image.open(BytesIO(compact(figure).data)) as shown, Image.open(path) as written:
-        pixels = [np.asarray(image.convert("RGB")).astype(int) for image in (shown, written)]
-    assert np.abs(pixels[0] - pixels[1]).max() < 16
+def test_a_kept_figure_is_written_and_its_file_shown(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shown = []
+    monkeypatch.setattr(style, "ROOT", tmp_path)
+    monkeypatch.setattr(style, "display", lambda picture: shown.append(picture.data))
+    for write in (False, True):
+        figure, ax = plt.subplots()
+        ax.plot([0, 1], color=REP_COLORS["O_t"])
+        figure_keeper("synthetic", "nb", write=write)(figure, "x", "test split, 3 clips")
+        below = figure._supxlabel.get_text()
+        assert below == "synthetic (generated data), test split, 3 clips"
+        assert (tmp_path / "figures/synthetic/x.svg").is_file() == write
+        assert not plt.get_fignums()
+    written = tmp_path / "figures/synthetic/x.png"
+    pictures = [np.asarray(Image.open(f).convert("RGB")) for f in (*map(BytesIO, shown), written)]
+    assert np.abs(pictures[1].astype(int) - pictures[2]).max() < 16
+    assert pictures[0].shape == pictures[1].shape
+    figure_keeper("synthetic", "nb", of_data=False, write=False)(figure := plt.figure(), "x", "toy")
+    assert figure._supxlabel.get_text() == "toy"
 
 
 def test_figures_go_to_the_profiles_folder() -> None:
     assert figures_dir("mosi-open") == ROOT / "figures" / "mosi-open"
 
 
-def test_a_note_stands_under_its_figure_in_lines_no_wider_than_it(tmp_path: Path) -> None:
+def test_a_note_stands_under_its_figure_in_lines_no_wider_than_it() -> None:
     figure = plt.figure(figsize=(4, 3))
-    save_figure(figure, "x", "p", producer="nb", note="word " * 40, folder=tmp_path)
+    written = footnote(figure, "word " * 40)._supxlabel
     figure.canvas.draw()
-    written = figure.texts[0] if figure.texts else figure._supxlabel
     assert written.get_text().split() == ["word"] * 40
     assert written.get_window_extent().x1 <= figure.bbox.x1
 

@@ -162,6 +162,30 @@ def test_cached_states_give_what_the_backbones_give(world, monkeypatch, tmp_path
     assert training.inject_knowledge(world).key == cached.key
 
 
+def test_cached_states_stay_within_their_bound(world, monkeypatch):
+    def held() -> dict[str, int]:
+        found = records.runs_dir("cache").glob("*/states.json")
+        return {p.parent.name: sum(f.stat().st_size for f in p.parent.iterdir()) for p in found}
+
+    training.inject_knowledge(world)
+    first = held()
+    text = {name for name in first if name.startswith("t-")}
+    for name in first:
+        os.utime(records.runs_dir("cache") / name / "states.json", (0, 0))
+    monkeypatch.setattr(states, "LARGEST", sum(first.values()) + 1000)
+    training.inject_knowledge(world.replace(seed=1))  # text is the same, the others are not
+    second = held()
+    assert text and text < set(second), "what was read last stays"
+    assert sum(second.values()) <= states.LARGEST and not set(first) <= set(second)
+
+
+def test_who_asks_for_stage_1_leaves_no_trace_in_it(world, monkeypatch, tmp_path):
+    first = training.inject_knowledge(world)
+    monkeypatch.setenv("CONKI_RUNS", str(tmp_path / "other"))
+    asked = world.replace(variant="w/o C4", lam=0.0, epochs=7, batch_size=3, tuning=True)
+    assert training.inject_knowledge(asked) == first
+
+
 @pytest.mark.parametrize("when", [1, 4, 7])
 def test_killed_and_started_again_ends_the_same(world, tmp_path, monkeypatch, when):
     whole = training.fine_tune(world)

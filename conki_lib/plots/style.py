@@ -6,14 +6,15 @@ nothing rests on colour alone. Pairs: red pulls together, blue pushes apart; str
 which the paper frames, pale for P2 and N2. Both scales stay apart for colour-blind eyes.
 """
 
+from collections.abc import Callable
 from io import BytesIO
 from pathlib import Path
 from textwrap import fill
-from weakref import WeakKeyDictionary
 
 import matplotlib as mpl
 import matplotlib.pyplot as plt
 from IPython.display import Image as DisplayImage
+from IPython.display import display
 from matplotlib.figure import Figure
 from PIL import Image
 
@@ -43,7 +44,6 @@ PAIR_NAMES = {
 INK = "#222222"
 MUTED = "#8A8A8A"
 DPI = 110
-_DRAWN: WeakKeyDictionary[Figure, Path] = WeakKeyDictionary()  # what `save_figure` has written
 
 _RC = {
     "figure.dpi": DPI,
@@ -97,24 +97,6 @@ def figures_dir(profile: str) -> Path:
     return ROOT / "figures" / profile
 
 
-def compact(fig: Figure) -> DisplayImage:
-    """Show a figure in few bytes: where `save_figure` wrote it, the picture in that file.
-
-    Args:
-        fig: the finished figure (what was done to it after saving does not show); it is closed, so
-            that the notebook does not show it twice.
-    """
-    small = BytesIO()
-    if (drawn := _DRAWN.get(fig)) is None:
-        fig.savefig(drawn := BytesIO(), metadata={"Software": None})
-    plt.close(fig)
-    with Image.open(drawn) as image:
-        # of 256 colours; the default method would merge the few points of a legend with others
-        palette = image.convert("RGB").quantize(method=Image.Quantize.MAXCOVERAGE, dither=0)
-        palette.save(small, "PNG", optimize=True)
-    return DisplayImage(small.getvalue())
-
-
 def data_label(profile: str) -> str:
     """Name a profile under a figure of its data; generated data are called so."""
     from conki_lib.data import CORPORA  # loads PyTorch
@@ -139,7 +121,6 @@ def save_figure(
     profile: str,
     *,
     producer: str,
-    note: str = "",
     folder: Path | None = None,
 ) -> Path:
     """Write a figure as PNG and SVG; drawn again from the same data, the files are the same bytes.
@@ -149,7 +130,6 @@ def save_figure(
         name: file name without ending, e.g. ``"02_matrix"``.
         profile: names the folder ``figures/<profile>/``.
         producer: stem of the one notebook that writes this figure; kept in the files' metadata.
-        note: a `footnote`: data, split, n, seed, and what the marks mean.
         folder: another folder, for tests.
 
     Returns:
@@ -167,13 +147,52 @@ def save_figure(
             f"{target.name} of profile {profile!r} is written by {figure_producer(target)!r}: "
             f"{producer!r} must choose another name, or delete the old file"
         )
-    if note:
-        footnote(fig, note)
     unsaid = {".png": "Software", ".svg": "Date"}
     with mpl.rc_context({"svg.hashsalt": "conki"}):
         for ending, field in unsaid.items():
             with in_one_step(target.with_suffix(ending)) as path:
                 fig.savefig(path, format=ending[1:], metadata={field: None, "Source": producer})
             fig.set_layout_engine("none")  # laid out once, which takes longer than drawing
-    _DRAWN[fig] = target
     return target
+
+
+def compact(fig: Figure, path: Path | None = None) -> DisplayImage:
+    """Show a figure in few bytes.
+
+    Args:
+        fig: the finished figure; it is closed, so that the notebook does not show it twice.
+        path: the file that it was written to, if any: then it is not drawn again.
+    """
+    small = BytesIO()
+    if path is None:
+        fig.savefig(path := BytesIO(), metadata={"Software": None})
+    plt.close(fig)
+    with Image.open(path) as image:
+        # of 256 colours; the default method would merge the few points of a legend with others
+        palette = image.convert("RGB").quantize(method=Image.Quantize.MAXCOVERAGE, dither=0)
+        palette.save(small, "PNG", optimize=True)
+    return DisplayImage(small.getvalue())
+
+
+def figure_keeper(
+    profile: str, producer: str, *, of_data: bool = True, write: bool = True
+) -> Callable[..., None]:
+    """How a notebook keeps its figures: with a footnote, as files, and shown below the cell.
+
+    Args:
+        profile: names the folder, and where `of_data` the data, see `data_label`.
+        producer: the notebook's stem.
+        of_data: false: the figures show made-up numbers, and their notes say so.
+        write: false: they are shown only, as with settings that are not the profile's own.
+
+    Returns:
+        ``keep_figure(figure, name, note)``; a note names split, n, seed, and what the marks mean.
+    """
+    label = data_label(profile) if of_data else ""
+
+    def keep_figure(fig: Figure, name: str, note: str = "") -> None:
+        footnote(fig, ", ".join(filter(None, (label, note))))
+        path = save_figure(fig, name, profile, producer=producer) if write else None
+        display(compact(fig, path))
+
+    return keep_figure

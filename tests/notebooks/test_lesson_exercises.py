@@ -30,7 +30,7 @@ def lesson(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
         if cell.cell_type != "code" or CHECK.search(cell.source):
             continue
         source = cell.source.replace("torch.rand(20, 3, 6", "torch.rand(2, 3, 6")
-        source = re.sub(r"^(?:save_figure|compact|display\(compact)\(.*$", "", source, flags=re.M)
+        source = re.sub(r"^(?:keep_figure|display)\(.*$", "", source, flags=re.M)
         exec(source.replace("figure = draw_state", "draw_state"), names)
     return names
 

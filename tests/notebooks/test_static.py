@@ -112,12 +112,13 @@ def test_every_figure_has_one_producer():
         for cell in cells(path, "code"):
             for node in ast.walk(ast.parse(re.sub(r"^[%!].*$", "pass", cell.source, flags=re.M))):
                 named = getattr(node.func, "id", "") if isinstance(node, ast.Call) else ""
-                if named != "save_figure":
-                    continue
-                producer = {k.arg: ast.unparse(k.value) for k in node.keywords}["producer"]
-                assert producer == repr(path.stem)
-                if isinstance(node.args[1], ast.Constant):  # executing shows the others
-                    name = node.args[1].value
-                    assert name.startswith(path.stem[:2])
-                    assert produced.setdefault(name, path.stem) == path.stem, name
+                assert named not in ("save_figure", "savefig"), "figures go through figure_keeper"
+                if named == "figure_keeper":
+                    assert node.args[1].value == path.stem
+                elif named.startswith("keep_") and isinstance(node.args[1], ast.Constant):
+                    name = node.args[1].value  # executing shows the others
+                    if name.startswith(path.stem[:2]):
+                        assert produced.setdefault(name, path.stem) == path.stem, name
+                    else:
+                        assert named == "keep_table", name
     assert produced
