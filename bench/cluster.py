@@ -241,7 +241,7 @@ def _kill_after_checkpoint(cluster: Cluster) -> None:
 
 def slurm(folder: Path, place: Path) -> dict:
     """All rules through profiles/slurm and Slurm's plugin, doing nothing: what is asked for."""
-    config = ["--config", f"profile={PROFILE}", "conki=true", "rows='w/o C4'"]
+    config = ["--config", f"profile={PROFILE}", "conki=true"]
     plan = dry_run(folder, "slurm", config)
     quick = ["--slurm-init-seconds-before-status-checks", "1", *QUICK]
     words = ["--workflow-profile", "profiles/slurm", *quick, *config]
@@ -301,7 +301,7 @@ def problems(result: dict) -> list[str]:
         "the second call submitted jobs": killed["submitted_by_second_call"],
         "a dry run fails": asked["dry_run_code"] or result["kubernetes"] == "FAILS",
         "a rule that trains asks for no GPU": not all(
-            asked["asked"].get(rule, {}).get("gpu") for rule in ("stage_1", "variant")
+            asked["asked"].get(rule, {}).get("gpu") for rule in ("stage_1", "full", "variant")
         ),
     }  # fmt: skip
     return [text for text, failed in checks.items() if failed]

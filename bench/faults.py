@@ -231,8 +231,6 @@ def outcome(folder: Path) -> dict[str, object]:
     records = [json.loads(line) for line in (results / "records.jsonl").open()]
     for record in records:
         record.pop("provenance")
-        if record["stage"] == 1:  # any row that shares it may train it, and names its own stage 2
-            record.pop("settings")
     table = pd.read_parquet(results / "predictions.parquet")
     weights = sorted((folder / "runs").glob("*/*/model.safetensors"))
     return {

@@ -41,8 +41,8 @@ from conki_lib.data.store import write_store
 from conki_lib.fitting import Job, fit, precision
 from conki_lib.model import build_model, freeze_for_injection
 from conki_lib.plots.style import PAIR_COLORS, use_style
-from conki_lib.states import StateReader, cached_states
-from conki_lib.training import make_loaders, task_only
+from conki_lib.states import StateReader
+from conki_lib.training import make_loaders, state_readers, task_only
 
 CORPUS, NAME = "synthetic-external", "stage1_cache"
 BASE = dict(d=768, layers=12, heads=12, ff=3072)
@@ -131,14 +131,8 @@ class Bench:
     def build_cache(self) -> dict:
         """Compute all states; seconds and bytes."""
         start = time.perf_counter()
-        self.model.eval()
-        for split, loader in self.loaders.items():
-            states = {
-                m: cached_states(self.model, loader, key={"bench": split}, modality=m)
-                for m in self.config.model.modalities
-            }
-            assert None not in states.values(), "the disk has too little space"
-            self.readers[split] = StateReader(states)
+        self.readers = state_readers(self.model, self.config, self.store, self.loaders)
+        assert self.readers, "the disk has too little space"
         seconds = time.perf_counter() - start
         files = [f for f in (self.folder / "runs").rglob("*") if f.is_file()]
         return {"build_seconds": seconds, "bytes": sum(f.stat().st_size for f in files)}

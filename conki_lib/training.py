@@ -234,8 +234,20 @@ def _stage2(config: RunConfig, stores: dict, folder: Path, data: dict[str, str])
     return _record(config, config, 2, folder, data, metrics, best, history)
 
 
-def state_readers(model: nn.Module, config: RunConfig, store: FeatureStore, loaders: dict) -> dict:
-    """A cache reader per split, or nothing where states cannot be cached, and why not."""
+def state_readers(
+    model: nn.Module, config: RunConfig, store: FeatureStore, loaders: dict[str, DataLoader]
+) -> dict[str, StateReader]:
+    """Open the cache of a frozen model's hidden states, computing first what is missing.
+
+    Args:
+        model: frozen, as stage 1 starts; is put in eval mode.
+        config: resolved, with the model's own modalities.
+        store: the corpus.
+        loaders: of its splits.
+
+    Returns:
+        A reader per split; none where states cannot be cached, which is printed.
+    """
     if config.model.padding != "masked":
         print("padding: released: states depend on their batch's padding; recomputing")
         return {}
@@ -262,7 +274,8 @@ def state_readers(model: nn.Module, config: RunConfig, store: FeatureStore, load
                 "device": device_name(device),
                 "weights": weights,  # which of them are missing decides what is drawn next
             }  # fmt: skip
-            found[m] = cached_states(model, loader, key=key, modality=m)
+            with precision(config.runtime.precision, device):
+                found[m] = cached_states(model, loader, key=key, modality=m)
         if any(states is None for states in found.values()):
             return {}
         readers[split] = StateReader(found)
