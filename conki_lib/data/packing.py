@@ -155,7 +155,7 @@ class _Moments:
         std = np.sqrt(np.broadcast_to(np.asarray(self.squares), (self.width,)) / max(self.n, 1))
         # a constant feature leaves rounding noise behind: far below its own size it counts as 0
         std = np.where(std <= 1e-7 * np.abs(mean), 1.0, std)
-        return {"mean": mean.tolist(), "std": np.where(std == 0, 1.0, std).tolist()}
+        return {"mean": mean.tolist(), "std": std.tolist()}
 
 
 @dataclass
@@ -178,25 +178,18 @@ def write_features(
 ) -> dict[str, Packed]:
     """Stream the values into a safetensors file; header and offsets stand first, filled in last."""
     present = [m for m in SEQUENCES if m in sequences]
-    room = len(present) * (len(table) + 1) * 8
+    room = (len(table) + 1) * 8  # bytes of one modality's offsets
     packed: dict[str, Packed] = {}
+    entries: dict[str, Any] = {"__metadata__": {"format": "conki-store", "version": str(VERSION)}}
     with path.open("wb") as file:
-        file.write(bytes(_HEADER + room))
+        file.write(bytes(_HEADER + len(present) * room))
         for m in present:
             packed[m] = _write_values(file, m, sequences[m], table, folds, digest)
-        end = file.tell() - _HEADER
-        entries: dict[str, Any] = {
-            "__metadata__": {"format": "conki-store", "version": str(VERSION)}
-        }
-        for k, m in enumerate(present):
-            at, n = k * (len(table) + 1) * 8, len(table) + 1
-            following = packed[present[k + 1]].start if k + 1 < len(present) else end
-            key, p = MODALITY_NAMES[m], packed[m]
-            entries[f"{key}.offsets"] = _entry("I64", [n], at, at + n * 8)
-            entries[f"{key}.values"] = _entry(
-                "F32", [int(p.offsets[-1]), p.width], p.start, following
-            )
-            file.seek(_HEADER + at)
+        for k, (m, p) in enumerate(packed.items()):
+            key, shape = MODALITY_NAMES[m], [int(p.offsets[-1]), p.width]
+            entries[f"{key}.offsets"] = _entry("I64", [len(p.offsets)], k * room, 8)
+            entries[f"{key}.values"] = _entry("F32", shape, p.start, 4)
+            file.seek(_HEADER + k * room)
             file.write(p.offsets.tobytes())
             digest.update(p.offsets.tobytes())
         header = json.dumps(entries, separators=(",", ":")).encode().ljust(_HEADER - 8)
@@ -205,7 +198,8 @@ def write_features(
     return packed
 
 
-def _entry(dtype: str, shape: list[int], start: int, end: int) -> dict[str, Any]:
+def _entry(dtype: str, shape: list[int], start: int, itemsize: int) -> dict[str, Any]:
+    end = start + math.prod(shape) * itemsize
     return {"dtype": dtype, "shape": shape, "data_offsets": [start, end]}
 
 

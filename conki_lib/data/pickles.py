@@ -77,9 +77,7 @@ class Piece:
         return self.read().decode("utf-8", "surrogatepass")
 
     def as_bytes(self) -> "Piece":
-        """The piece in which a byte is a byte: transcoded to an unnamed file where needed."""
-        if not self.utf8:
-            return self
+        """The piece in which a byte is a byte: what is meant by `utf8`, in an unnamed file."""
         decode = codecs.getincrementaldecoder("utf-8")().decode
         spool = tempfile.TemporaryFile(dir=self.scratch)  # has no name: gone with the process
         for start in range(0, self.size, _CHUNK):

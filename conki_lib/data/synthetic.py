@@ -151,8 +151,8 @@ def generate(domain: Domain, seed: int = 0) -> Contents:
     rng = np.random.default_rng([_DRAW, seed, domain.stream])
     split = np.repeat(SPLITS, domain.sizes)
     facts = _feel(rng, len(split))
-    texts = _speak(rng, domain, facts, split)
-    facts["video"], facts["clip"] = _speakers(domain, split)
+    texts = _speak(rng, domain, facts)
+    facts["video"], facts["clip"] = _speakers(domain)
     sequences, silent = _record(rng, domain, facts, texts)
     table = pd.DataFrame(
         {
@@ -234,14 +234,12 @@ def _phrases() -> tuple[list[str], np.ndarray]:
     return texts, np.clip(np.array(meanings), -3, 3)
 
 
-def _speak(
-    rng: np.random.Generator, domain: Domain, facts: dict[str, Any], split: np.ndarray
-) -> list[str]:
+def _speak(rng: np.random.Generator, domain: Domain, facts: dict[str, Any]) -> list[str]:
     """Write the texts and note what they say, to those who know the domain words and who do not."""
-    latent, cue, n = facts["latent"], facts["cue"], len(split)
+    latent, cue, n = facts["latent"], facts["cue"], sum(domain.sizes)
     target = latent + 0.4 * rng.normal(size=n)
     target = np.where(cue == "text", -np.sign(latent) * rng.uniform(1.5, 3.0, n), target)
-    share = np.array(domain.slang)[np.array([SPLITS.index(s) for s in split])]
+    share = np.repeat(domain.slang, domain.sizes)
     slang = (rng.random(n) < share) & (np.abs(target) > 0.9)
     empty = ~slang & (cue != "text") & (rng.random(n) < 0.12)
     phrases, meanings = _phrases()
@@ -274,16 +272,11 @@ def _near(rng: np.random.Generator, meanings: np.ndarray, target: float) -> int:
     return int(rng.choice(len(meanings), p=weights / weights.sum()))
 
 
-def _speakers(domain: Domain, split: np.ndarray) -> tuple[list[str], list[str]]:
+def _speakers(domain: Domain) -> tuple[list[str], list[str]]:
     """Number the videos, one speaker each, anew at every split so that none is shared."""
-    videos, clips, video = [], [], -1
-    for i, name in enumerate(split):
-        first = i == 0 or split[i - 1] != name
-        clip = 1 if first or int(clips[-1]) == domain.clips else int(clips[-1]) + 1
-        video += clip == 1
-        videos.append(f"{domain.speaker}{video:03d}")
-        clips.append(str(clip))
-    return videos, clips
+    clips = np.concatenate([np.arange(size) % domain.clips + 1 for size in domain.sizes])
+    videos = np.cumsum(clips == 1) - 1
+    return [f"{domain.speaker}{video:03d}" for video in videos], [str(clip) for clip in clips]
 
 
 def _annotate(rng: np.random.Generator, latent: np.ndarray) -> Float[np.ndarray, " N"]:
@@ -394,8 +387,8 @@ def ceilings(
     rows["ridge: words"] = _words(parts)
     if external is not None:
         rows["ridge: words, external corpus too"] = _words(parts, external["train"])
-    v, a = (_summaries(parts, m) for m in ("v", "a"))
-    rows["ridge: face"], rows["ridge: voice"] = _ridge(parts, v), _ridge(parts, a)
+    for name, m in (("face", "v"), ("voice", "a")):
+        rows[f"ridge: {name}"] = _ridge(parts, [_summaries(part, m) for part in parts])
     return {name: mosi_metrics(y_hat=y_hat, y=parts[2].y) for name, y_hat in rows.items()}
 
 
@@ -409,23 +402,22 @@ def _trees(parts: list[SplitView], columns: list[str]) -> Float[np.ndarray, " N"
     return trees.predict(parts[2].table[columns].to_numpy())
 
 
-def _words(parts: list[SplitView], extra: SplitView | None = None) -> Float[np.ndarray, " N"]:
+def _words(parts: list[SplitView], *extra: SplitView) -> Float[np.ndarray, " N"]:
+    from scipy.sparse import vstack
     from sklearn.feature_extraction.text import CountVectorizer
 
+    train = [parts[0], *extra]
     counter = CountVectorizer(ngram_range=(1, 2), binary=True)
-    fitted = parts[0] if extra is None else extra
-    counter.fit([*parts[0].table["text"], *fitted.table["text"]])
-    x = [counter.transform(part.table["text"]) for part in parts]
-    if extra is None:
-        return _ridge(parts, x)
-    from scipy.sparse import vstack
-
-    x[0] = vstack([x[0], counter.transform(extra.table["text"])])
-    return _ridge(parts, x, np.concatenate([parts[0].y, extra.y]))
+    counter.fit([text for part in train for text in part.table["text"]])
+    x = [
+        vstack([counter.transform(part.table["text"]) for part in group])
+        for group in (train, parts[1:2], parts[2:])
+    ]
+    return _ridge(parts, x, np.concatenate([part.y for part in train]))
 
 
-def _summaries(parts: list[SplitView], m: str) -> list[np.ndarray]:
-    return [np.stack([_summary(u.inputs[m].numpy()) for u in part]) for part in parts]
+def _summaries(part: SplitView, m: str) -> Float[np.ndarray, "N _"]:
+    return np.stack([_summary(u.inputs[m].numpy()) for u in part])
 
 
 def _summary(frames: Float[np.ndarray, "l d"]) -> Float[np.ndarray, " _"]:
