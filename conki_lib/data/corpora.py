@@ -2,7 +2,7 @@
 
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,14 +15,17 @@ from tqdm.auto import tqdm
 from conki_lib.config import near_names
 from conki_lib.data import open_corpora, synthetic
 from conki_lib.data.damage import damaged
-from conki_lib.data.open_corpora import BC_LSTM, MFN
-from conki_lib.data.packing import SPLITS, Contents
+from conki_lib.data.mmsa import RELEASES, Release
+from conki_lib.data.open_corpora import BC_LSTM, MFN, Fetched
+from conki_lib.data.packing import SPLITS, Contents, Range
 from conki_lib.data.pickles import BadFile
 from conki_lib.data.store import open_store, source_of, write_store
 from conki_lib.disk import corpus_path, explained
 
 HOST = "https://raw.githubusercontent.com/"
 REGISTRY = Path(__file__).resolve().parents[2] / "data" / "registry.txt"
+
+Reader = Callable[[Fetched], Contents]
 
 
 @dataclass(frozen=True)
@@ -35,42 +38,49 @@ class Corpus:
     modalities: tuple[str, ...]
     counts: tuple[int, int, int]  # train, valid, test of the fold standard
     language: str = "en"
-    label_range: tuple[float, float] = (-3.0, 3.0)
+    label_range: Range = (-3.0, 3.0)
     files: tuple[str, ...] = ()  # below HOST
-    read: Callable[[Mapping[str, Path]], Contents] | None = None
+    read: Reader | None = None
     recipe: int = 1  # raised when reading or generating changes: older stores are built anew
     how: str = ""
 
 
-def _mfn_files(name: str) -> tuple[str, ...]:
-    kinds = ("audio", "video", "y")
-    return tuple(f"{MFN}/new_data/{name}/{kind}_{s}.h5" for kind in kinds for s in SPLITS)
-
-
-def _mmsa(name: str, title: str, counts: tuple[int, int, int], file: str, **more: Any) -> Corpus:
+def _mmsa(title: str, release: Release, language: str = "en") -> Corpus:
     """A corpus of the MMSA framework, which only the user can bring."""
     return Corpus(
-        name, f"{title}, MMSA features", "user", ("t", "v", "a"), counts,
-        how=f"get {name.upper()}/Processed/{file} from the page of the MMSA framework "
-        f"(https://github.com/thuiar/MMSA), then run `conki convert {file} DATA/{name}`",
-        **more,
+        release.name, f"{title}, MMSA features", "user", ("t", "v", "a"), release.counts,
+        language, release.label_range,
+        how=f"get {release.file} from the page of the MMSA framework "
+        f"(https://github.com/thuiar/MMSA), then run `conki convert {Path(release.file).name} "
+        f"DATA/{release.name}`",
     )  # fmt: skip
 
 
-def _embedded(name: str, title: str, domain: synthetic.Domain) -> Corpus:
+def _embedded(title: str, domain: synthetic.Domain) -> Corpus:
     """A corpus that is generated here."""
     return Corpus(
-        name, title, "embedded", ("t", "v", "a"), domain.sizes,
+        domain.name, title, "embedded", ("t", "v", "a"), domain.sizes,
         read=lambda _: synthetic.generate(domain), recipe=synthetic.RECIPE,
     )  # fmt: skip
 
 
+def _reviews(name: str, title: str, counts: tuple[int, int, int], read: Reader) -> Corpus:
+    """Film reviews as MFN's authors published them."""
+    kinds = ("audio", "video", "y")
+    return Corpus(
+        f"{name}-open", f"{title} film reviews, vision and audio per word", "open", ("v", "a"),
+        counts, read=read,
+        files=tuple(f"{MFN}/new_data/{name}/{kind}_{s}.h5" for kind in kinds for s in SPLITS),
+    )  # fmt: skip
+
+
+_UNALIGNED = {r.name: r for r in RELEASES.values() if "/unaligned" in r.file}
 _BC = f"{BC_LSTM}/bc-LSTM/data"
 CORPORA: dict[str, Corpus] = {
     corpus.name: corpus
     for corpus in (
-        _embedded("synthetic", "generated target domain", synthetic.TARGET),
-        _embedded("synthetic-external", "generated external domain", synthetic.EXTERNAL),
+        _embedded("generated target domain", synthetic.TARGET),
+        _embedded("generated external domain", synthetic.EXTERNAL),
         Corpus(
             "mosi-open",
             "CMU-MOSI from public repositories, one vector per utterance",
@@ -96,41 +106,19 @@ CORPORA: dict[str, Corpus] = {
             ),
             read=open_corpora.read_meld_text,
         ),
-        Corpus(
-            "mmmo-open",
-            "ICT-MMMO film reviews, vision and audio per word",
-            "open",
-            ("v", "a"),
-            (220, 40, 80),
-            files=_mfn_files("mmmo"),
-            read=open_corpora.read_mmmo_open,
-        ),
-        Corpus(
-            "pom-open",
-            "POM film reviews, vision and audio per word",
-            "open",
-            ("v", "a"),
-            (600, 100, 203),
-            files=_mfn_files("pom"),
-            read=open_corpora.read_pom_open,
-        ),
-        _mmsa("mosi", "CMU-MOSI", (1284, 229, 686), "unaligned_50.pkl"),
-        _mmsa("mosei", "CMU-MOSEI", (16326, 1871, 4659), "unaligned_50.pkl"),
-        _mmsa(
-            "sims", "CH-SIMS", (1368, 456, 457), "unaligned_39.pkl",
-            language="zh", label_range=(-1.0, 1.0),
-        ),
+        _reviews("mmmo", "ICT-MMMO", (220, 40, 80), open_corpora.read_mmmo_open),
+        _reviews("pom", "POM", (600, 100, 203), open_corpora.read_pom_open),
+        _mmsa("CMU-MOSI", _UNALIGNED["mosi"]),
+        _mmsa("CMU-MOSEI", _UNALIGNED["mosei"]),
+        _mmsa("CH-SIMS", _UNALIGNED["sims"], "zh"),
     )
 }  # fmt: skip
 
 
 def how_to_get(name: str, root: Path | str | None = None) -> str:
     """Say in one line what to run to have a corpus."""
-    corpus = CORPORA.get(name)
-    path = corpus_path(name, root)
-    if corpus is None:
-        return f"run `conki convert SOURCE {path}` with that corpus's files"
-    return corpus.how.replace(f"DATA/{name}", str(path)) or f"run `conki fetch {name}`"
+    how = CORPORA[name].how.replace(f"DATA/{name}", str(corpus_path(name, root)))
+    return how or f"run `conki fetch {name}`"
 
 
 def fetch(name: str, root: Path | str | None = None) -> Path:
@@ -206,11 +194,10 @@ def _get_files(corpus: Corpus, folder: Path) -> dict[str, Path]:
     registry = pooch.create(folder, HOST, retry_if_failed=0 if mirror else 2)
     registry.load_registry(REGISTRY)
     pooch.get_logger().setLevel("WARNING")
-    transfer = _copy_from(Path(mirror)) if mirror else _download
     files = {}
     for file in tqdm(corpus.files, desc=f"fetch {corpus.name}", unit="file", disable=None):
         try:
-            files[file] = Path(registry.fetch(file, downloader=transfer))
+            files[file] = Path(registry.fetch(file, downloader=_transfer))
         except ValueError as error:
             if "hash" not in str(error):
                 raise
@@ -228,28 +215,20 @@ def _get_files(corpus: Corpus, folder: Path) -> dict[str, Path]:
     return files
 
 
-def _download(url: str, output: Any, registry: pooch.Pooch) -> None:
-    pooch.HTTPDownloader(progressbar=False)(url, output, registry)
-    _refuse_pages(Path(output), url)
-
-
-def _copy_from(mirror: Path) -> Callable[[str, Any, pooch.Pooch], None]:
-    def copy(url: str, output: Any, registry: pooch.Pooch) -> None:
-        source = mirror / url.removeprefix(HOST)
-        if not source.is_file():
+def _transfer(url: str, output: Any, registry: pooch.Pooch) -> None:
+    """Download a file or copy it from the mirror; a page in its place is named as such."""
+    mirror, origin = os.environ.get("CONKI_MIRROR"), url
+    if mirror:
+        origin = Path(mirror) / url.removeprefix(HOST)
+        if not origin.is_file():
             raise FileNotFoundError(
-                f"CONKI_MIRROR has no {source}: put the file of {url} there, or unset "
+                f"CONKI_MIRROR has no {origin}: put the file of {url} there, or unset "
                 "CONKI_MIRROR to download"
             )
-        shutil.copyfile(source, output)
-        _refuse_pages(Path(output), str(source))
-
-    return copy
-
-
-def _refuse_pages(path: Path, origin: str) -> None:
-    """Name what people get in the place of a file, before its checksum is called wrong."""
-    if found := damaged(path):
+        shutil.copyfile(origin, output)
+    else:
+        pooch.HTTPDownloader()(url, output, registry)
+    if found := damaged(Path(output)):  # said before its checksum is called wrong
         raise BadFile(f"{origin} is {found.what}: {found.way_out}")
 
 

@@ -40,10 +40,7 @@ def python2_dict_order(keys: Iterable[str]) -> list[str]:
     for key in keys:
         used += _insert(table, key)
         if 3 * used >= 2 * len(table):
-            old, size = table, 8
-            while size <= 4 * used:
-                size *= 2
-            table = [None] * size
+            old, table = table, [None] * (1 << (4 * used).bit_length())
             for other in filter(None, old):
                 _insert(table, other)
     return [key for key in table if key is not None]
@@ -82,15 +79,15 @@ def read_mosi_open(files: Fetched) -> Contents:
     )
     transcripts[["video", "clip"]] = transcripts["id"].str.rsplit("_", n=1, expand=True).to_numpy()
     transcripts["row"] = np.arange(len(transcripts))
-    place, frames = _mosi_frames(files, folder)
-    seen = set(transcripts["video"][list(place["train"])])
+    trained_on, frames = _mosi_frames(files, folder)
+    seen = set(transcripts["video"][trained_on])
     table = _match(transcripts, {s: _h5(files[f"{MFN}/data/y_{s}.h5"]) for s in SPLITS})
     table["speakers62"] = _speakers62(table["video"], seen)
     table["extractor_saw"] = table["video"].isin(seen)
-    rows = table.pop("row").tolist()
+    rows = table.pop("row").to_numpy()
     return Contents(
         table,
-        {m: map(values[:, None].__getitem__, rows) for m, values in frames.items()},
+        {m: values[rows, None] for m, values in frames.items()},
         notes={
             "vision": "contaminated: its extractor was evidently trained with the sentiment labels "
             "of the 62 videos marked extractor_saw, 24 of the 31 test videos of the fold standard "
@@ -103,20 +100,17 @@ def read_mosi_open(files: Fetched) -> Contents:
     )
 
 
-def _mosi_frames(files: Fetched, folder: str) -> tuple[dict[str, dict[int, int]], dict]:
-    """The row of each utterance in the authors' files, and audio and vision by transcript row."""
-    place, frames = {}, {}
-    for part in ("train", "test"):
-        path = files[f"{folder}/text_{part}.csv"]
-        numbers = pd.read_csv(path, header=None, usecols=[0])[0].tolist()
-        place[part] = {row: k for k, row in enumerate(numbers)}
-    n = sum(map(len, place.values()))
+def _mosi_frames(files: Fetched, folder: str) -> tuple[list[int], dict[str, np.ndarray]]:
+    """The transcript rows of the authors' training part; vision and audio by transcript row."""
+    parts = ("train", "test")
+    texts = [pd.read_csv(files[f"{folder}/text_{p}.csv"], header=None, usecols=[0]) for p in parts]
+    order = np.argsort(np.concatenate([text[0] for text in texts]))
+    frames = {}
     for m, kind in (("v", "video"), ("a", "audio")):
-        for part, rows in place.items():
-            values = pd.read_csv(files[f"{folder}/{kind}/{kind}_{part}0.csv"], header=None)
-            values = values.to_numpy(np.float64)[:, :-1]  # the last column is the binary label
-            frames.setdefault(m, np.full((n, values.shape[1]), np.nan))[list(rows)] = values
-    return place, frames
+        paths = [files[f"{folder}/{kind}/{kind}_{p}0.csv"] for p in parts]
+        values = [pd.read_csv(path, header=None).to_numpy(np.float64) for path in paths]
+        frames[m] = np.concatenate(values)[order, :-1]  # the last column is the binary label
+    return texts[0][0].tolist(), frames
 
 
 def _match(transcripts: pd.DataFrame, labels: dict[str, np.ndarray]) -> pd.DataFrame:
