@@ -10,7 +10,7 @@ import re
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,6 @@ ROLES = {
 }
 EMOTIONS = ("happy", "sad", "anger", "surprise", "disgust", "fear")
 _KEY = re.compile(r"(.+)\[(\d+)\]")
-Folds = Mapping[str, Any]
 
 
 class CsdFile:
@@ -62,8 +61,7 @@ class CsdFile:
     @cached_property
     def width(self) -> int:
         """Features per row."""
-        shape = self._first.shape
-        return int(np.prod(shape[1:]))
+        return int(np.prod(self._first.shape[1:]))
 
     @property
     def _first(self) -> h5py.Dataset:
@@ -120,29 +118,27 @@ class CsdSequences:
     cleaned: dict[str, int] = field(default_factory=dict)
 
     def __iter__(self) -> Iterator[np.ndarray]:
-        absent = 0
-        held: tuple[str, Any] = ("", None)
+        absent, rows = 0, lru_cache(1)(self.source.rows)
         for video, clip, start, end in self.segments:
             key = next((k for k in (f"{video}[{clip}]", video) if k in self.source.data), None)
             if key is None:
                 absent += 1
                 yield np.zeros((0, self.source.width), np.float32)
                 continue
-            if held[0] != key:
-                held = (key, self.source.rows(key))
-            times, features = held[1]
-            yield features if key != video else features[_inside(times, start, end)]
-        if absent and self.m in MODALITY_NAMES:
+            times, features = rows(key)
+            if key == video:
+                middle = times.mean(axis=1)
+                features = features[(middle >= start) & (middle < end)]
+            yield features
+        if absent:
             self.cleaned[f"{MODALITY_NAMES[self.m]}.video not in the file"] = absent
 
 
-def _inside(times: np.ndarray, start: float, end: float) -> np.ndarray:
-    middle = times.mean(axis=1)
-    return (middle >= start) & (middle < end)
-
-
 def read_csd(
-    folder: Path, *, folds: Folds | str | Path | None = None, roles: Mapping[str, str] | None = None
+    folder: Path,
+    *,
+    folds: Mapping[str, Any] | str | Path | None = None,
+    roles: Mapping[str, str] | None = None,
 ) -> RawCorpus:
     """Describe the corpus in a folder of ``.csd`` files; features are read when iterated.
 
@@ -234,7 +230,7 @@ def _segments(labels: CsdFile, cleaned: dict[str, int]) -> pd.DataFrame:
 def _texts(words: CsdFile, segments: list[tuple[str, str, float, float]]) -> list[str]:
     """Words of each segment in order of time, pauses (``sp``) left out."""
     texts = []
-    for rows in CsdSequences(words, "words", segments):
+    for rows in CsdSequences(words, "t", segments):
         spoken = rows[:, 0].tolist() if rows.dtype.kind in "SOU" else []
         decoded = (w.decode("utf-8", "replace") if isinstance(w, bytes) else w for w in spoken)
         texts.append(" ".join(w for w in map(str.strip, decoded) if w not in ("", "sp")))

@@ -8,9 +8,9 @@ import numpy as np
 import pandas as pd
 
 from conki_lib.config import MODALITY_NAMES
-from conki_lib.data.packing import SPLIT_NAMES
+from conki_lib.data.packing import SPLIT_NAMES, Range
 from conki_lib.data.pickles import BadFile
-from conki_lib.data.raw import Range, guess_language
+from conki_lib.data.raw import guess_language
 from conki_lib.data.store import source_of, write_store
 
 _READERS = {".csv": pd.read_csv, ".parquet": pd.read_parquet, ".jsonl": pd.read_json}
@@ -47,18 +47,18 @@ def from_frame(
         FileNotFoundError: there is no such table.
         ValueError: a column or an array is missing, or a value does not fit; names the row.
     """
-    if isinstance(frame, str | Path) and not Path(frame).is_file():
+    is_file = isinstance(frame, str | Path)
+    if is_file and not Path(frame).is_file():
         raise FileNotFoundError(f"{frame}: there is no such file; check the path")
-    sources = [source_of(frame)] if isinstance(frame, str | Path) else []
+    named = frame if is_file else f"the {type(frame).__name__}"
     table = _as_table(frame)
     wrong = [c for c in ("y", "split") if c not in table]
     if wrong:
-        raise ValueError(f"{_named(frame)}: column {wrong[0]!r} is missing among {list(table)}")
+        raise ValueError(f"{named}: column {wrong[0]!r} is missing among {list(table)}")
     unknown = set(table["split"].dropna()) - set(SPLIT_NAMES)
     if unknown:
         raise ValueError(
-            f"{_named(frame)}: split {sorted(map(str, unknown))[0]!r} is none of "
-            f"{', '.join(SPLIT_NAMES)}"
+            f"{named}: split {sorted(map(str, unknown))[0]!r} is none of {', '.join(SPLIT_NAMES)}"
         )
     table["id"] = table["id"].astype(str) if "id" in table else [f"{i}" for i in range(len(table))]
     for column, default in (("text", ""), ("video", table["id"])):
@@ -75,13 +75,9 @@ def from_frame(
         name=name or Path(destination).name,
         language=language or guess_language(table["text"].fillna("").astype(str).tolist()),
         label_range=label_range,
-        sources=sources,
+        sources=[source_of(frame)] if is_file else [],
         folds=("standard",),
     )
-
-
-def _named(frame: Any) -> str:
-    return str(frame) if isinstance(frame, str | Path) else f"the {type(frame).__name__}"
 
 
 def _as_table(frame: Any) -> pd.DataFrame:
