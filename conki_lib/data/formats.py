@@ -17,12 +17,12 @@ from conki_lib.data.csd import CsdFile, read_csd
 from conki_lib.data.damage import AGAIN, damaged
 from conki_lib.data.inspection import Inspection, inspect_raw, inspect_store
 from conki_lib.data.mmsa import RELEASES, is_mmsa, read_mmsa
-from conki_lib.data.packing import SPLITS
+from conki_lib.data.packing import SPLITS, Range
 from conki_lib.data.pickles import BadFile, UnsafePickle, read_pickle
-from conki_lib.data.raw import Range, RawCorpus
+from conki_lib.data.raw import RawCorpus
 from conki_lib.data.store import INFO, open_store, write_store
 
-__all__ = ["Recognised", "convert", "inspect_path", "read_raw", "recognise"]
+_READABLE = {"mmsa": "an MMSA pickle", "csd": "a folder of .csd files"}
 
 
 @dataclass(frozen=True)
@@ -31,17 +31,15 @@ class Recognised:
 
     path: Path
     kind: str
-    what: str
-    way_out: str = ""
     problem: str = ""
     content: Any = field(default=None, repr=False)
 
     def __str__(self) -> str:
-        return self.problem or f"{self.path} is {self.what}"
+        return self.problem or f"{self.path} is {_READABLE[self.kind]}"
 
 
 def _no(path: Path, kind: str, what: str, way_out: str) -> Recognised:
-    return Recognised(path, kind, what, way_out, f"{path} is {what}: {way_out}")
+    return Recognised(path, kind, f"{path} is {what}: {way_out}")
 
 
 def recognise(path: str | Path, scratch: Path | None = None) -> Recognised:
@@ -68,7 +66,7 @@ def _folder(path: Path) -> Recognised:
         what = "a store already"
         return _no(path, "store", what, "open it with open_store; nothing is to be converted")
     if any(path.glob("*.csd")):
-        return Recognised(path, "csd", "a folder of .csd files")
+        return Recognised(path, "csd")
     way_out = "give an MMSA pickle, or a folder with .csd files (labels, words, features)"
     return _no(path, "folder", "a folder without .csd files", way_out)
 
@@ -80,7 +78,7 @@ def _known(path: Path, scratch: Path | None) -> Recognised:
         try:
             CsdFile(path)
         except BadFile as error:
-            return Recognised(path, "hdf5", "an HDF5 file", "", str(error))
+            return Recognised(path, "hdf5", str(error))
         return _no(path, "csd file", "a single .csd file", f"give its folder, {path.parent}")
     if head[:1] not in b"\x80(}]c":
         way_out = f"MMSA pickles and folders of .csd files are read; if it should be one, {AGAIN}"
@@ -88,11 +86,11 @@ def _known(path: Path, scratch: Path | None) -> Recognised:
     try:
         content = read_pickle(path, scratch)
     except UnsafePickle as error:
-        return Recognised(path, "foreign pickle", "a foreign pickle", "", str(error))
+        return Recognised(path, "foreign pickle", str(error))
     except BadFile as error:
-        return Recognised(path, "damaged pickle", "a damaged pickle", "", str(error))
+        return Recognised(path, "damaged pickle", str(error))
     if is_mmsa(content):
-        return Recognised(path, "mmsa", "an MMSA pickle", content=content)
+        return Recognised(path, "mmsa", content=content)
     keys = f" with {', '.join(map(str, list(content)[:6]))}" if isinstance(content, dict) else ""
     what = f"a foreign pickle: a {type(content).__name__}{keys}"
     way_out = (
@@ -102,23 +100,13 @@ def _known(path: Path, scratch: Path | None) -> Recognised:
     return _no(path, "foreign pickle", what, way_out)
 
 
-def read_raw(
-    source: str | Path,
-    *,
+def _described(
+    found: Recognised,
     format: str | None = None,
-    folds: Any = None,
+    folds: Mapping[str, Any] | str | Path | None = None,
     roles: Mapping[str, str] | None = None,
-    scratch: Path | None = None,
 ) -> RawCorpus:
-    """Recognise files and describe the corpus in them; features are read when iterated.
-
-    Raises:
-        BadFile: the files are not what they should be; says what they are and how to get the right.
-        ValueError: `format` is unknown, or the files are of the other.
-    """
-    if format not in (None, "mmsa", "csd"):
-        raise ValueError(f"format={format!r}: 'mmsa' and 'csd' are known; leave it out to guess")
-    found = recognise(source, scratch)
+    """The corpus in recognised files, or what is wrong with them; see `convert`."""
     if found.problem:
         raise BadFile(found.problem)
     if format not in (None, found.kind):
@@ -172,17 +160,19 @@ def convert(
     clear_away(destination)
     if destination.exists() and any(destination.iterdir() if destination.is_dir() else [1]):
         raise FileExistsError(f"{destination} exists already: remove it, or choose another name")
-    raw = read_raw(source, format=format, folds=folds, roles=roles, scratch=scratch)
+    if format not in (None, *_READABLE):
+        raise ValueError(f"format={format!r}: 'mmsa' and 'csd' are known; leave it out to guess")
+    raw = _described(recognise(source, scratch), format, folds, roles)
     destination.parent.mkdir(parents=True, exist_ok=True)
     if number_duplicates:
         raw.number_duplicates()
-    sizes = {path: path.stat().st_size for path in raw.files}
-    total = sum(sizes.values()) + sum(raw.nbytes.values())
+    total = sum(path.stat().st_size for path in raw.files) + sum(raw.nbytes.values())
     with tqdm(total=total, unit="B", unit_scale=True, desc="checksum") as bar:
         sources = [_hashed(path, bar) for path in raw.files]
-        release = RELEASES.get(sources[0]["sha256"]) if raw.format == "mmsa" else None
+        release = RELEASES.get(sources[0]["sha256"])
         notes = {"format": raw.format, **raw.notes}
-        notes |= _release_note(raw, sources[0]["sha256"]) if raw.format == "mmsa" else {}
+        if raw.format == "mmsa":
+            notes |= _release_note(raw, sources[0]["sha256"])
         try:
             return write_store(
                 destination,
@@ -211,9 +201,10 @@ def inspect_path(path: str | Path) -> Inspection:
     """
     beside = Path(path).absolute().parent  # temporary files of many GB may be needed
     scratch = beside if os.access(beside, os.W_OK) else None
-    if recognise(path, scratch).kind == "store":
+    found = recognise(path, scratch)
+    if found.kind == "store":
         return inspect_store(open_store(path))
-    raw = read_raw(path, scratch=scratch)
+    raw = _described(found)
     if raw.format == "mmsa":
         with tqdm(total=raw.path.stat().st_size, unit="B", unit_scale=True, desc="checksum") as bar:
             raw.notes |= _release_note(raw, _hashed(raw.path, bar)["sha256"])

@@ -1,7 +1,8 @@
 """What a corpus holds and what is wrong with it, counted in one pass over raw files or a store."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,8 @@ from tabulate import tabulate
 from tqdm import tqdm
 
 from conki_lib.config import MODALITY_NAMES
-from conki_lib.data.packing import SPLITS
-from conki_lib.data.raw import Range, RawCorpus, last_frame
+from conki_lib.data.packing import SPLITS, Range
+from conki_lib.data.raw import RawCorpus, last_frame
 from conki_lib.data.store import FeatureStore
 
 
@@ -56,14 +57,15 @@ class Scan:
         return np.flatnonzero(np.broadcast_to(self.low >= self.high, (self.width,))).tolist()
 
 
-def scan(sequences: Iterable[np.ndarray], label: str, n: int) -> Scan:
-    """Go once through the sequences of a modality, with a progress bar."""
-    result = Scan()
-    for frames in tqdm(
-        sequences, desc=label, total=n, unit=" sequences", leave=False, disable=None
-    ):
-        result.add(frames)
-    return result
+def scan(sequences: Mapping[str, Iterable[np.ndarray]], n: int) -> dict[str, Scan]:
+    """Go once through the n sequences of each modality, with a progress bar."""
+    scans = {}
+    for m, rows in sequences.items():
+        scans[m] = Scan()
+        name = MODALITY_NAMES[m]
+        for frames in tqdm(rows, name, n, leave=False, unit=" sequences", disable=None):
+            scans[m].add(frames)
+    return scans
 
 
 def defects(
@@ -113,10 +115,7 @@ def audit(store: FeatureStore) -> pd.DataFrame:
 
 def _scan_store(store: FeatureStore) -> dict[str, Scan]:
     n = len(store.utterances)
-    return {
-        m: scan((store.frames(m, i) for i in range(n)), MODALITY_NAMES[m], n)
-        for m in store.info.widths
-    }
+    return scan({m: map(partial(store.frames, m), range(n)) for m in store.info.widths}, n)
 
 
 @dataclass(frozen=True)
@@ -170,8 +169,7 @@ def inspect_store(store: FeatureStore) -> Inspection:
 
 def inspect_raw(raw: RawCorpus) -> Inspection:
     """Describe files that are not converted yet, in one pass over them."""
-    n = len(raw.utterances)
-    scans = {m: scan(rows, MODALITY_NAMES[m], n) for m, rows in raw.sequences.items()}
+    scans = scan(raw.sequences, len(raw.utterances))
     summary = {
         "path": raw.path,
         "what": {"mmsa": "MMSA pickle", "csd": "folder of .csd files"}[raw.format],

@@ -1,9 +1,9 @@
 """MMSA's pickles: a dict of splits, each a dict of columns; read, and written back."""
 
 import re
-from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +11,9 @@ import numpy as np
 import pandas as pd
 
 from conki_lib.config import MODALITY_NAMES
-from conki_lib.data.packing import SPLIT_NAMES, SPLITS
+from conki_lib.data.packing import SPLIT_NAMES, SPLITS, Range
 from conki_lib.data.pickles import BadFile, PickledArray, Piece, StreamedArray, write_pickle
-from conki_lib.data.raw import PaddedSequences, Range, RawCorpus, guess_language
+from conki_lib.data.raw import PaddedSequences, RawCorpus, guess_language
 from conki_lib.data.store import FeatureStore, SplitView
 from conki_lib.disk import in_one_step
 
@@ -132,50 +132,54 @@ class _Split:
                 ", ".join(map(str, self.columns)) if isinstance(self.columns, dict) else "no dict"
             )
             raise self.problem(f"regression_labels is missing (it holds: {held or 'nothing'})")
-        y = self.labels("regression_labels")
-        table = pd.DataFrame({"y": y})
+        table = pd.DataFrame({"y": self.y})
         for letter in "TVA":
             if f"regression_labels_{letter}" in self.columns:
-                table[f"y_{letter}"] = self.labels(f"regression_labels_{letter}", len(y))
-        table["text"] = self.texts("raw_text", len(y))
-        table["raw_id"] = self.ids(len(y))
+                table[f"y_{letter}"] = self.labels(f"regression_labels_{letter}")
+        table["text"] = self.texts()
+        table["raw_id"] = self.ids()
         return table
 
-    def sized(self, key: str, values: Any, n: int | None) -> Any:
-        if not isinstance(values, list | tuple | np.ndarray | PickledArray) or (
-            getattr(values, "shape", None) == ()
-        ):
-            raise self.problem(f"{key} is {type(values).__name__}, no list or array of rows")
-        if n is not None and len(values) != n:
-            raise self.problem(f"{key} has {len(values)} rows, regression_labels has {n}")
-        return values
+    @cached_property
+    def y(self) -> np.ndarray:
+        """The labels, of which each utterance has one."""
+        return self.numbers("regression_labels")
 
-    def labels(self, key: str, n: int | None = None) -> np.ndarray:
+    def numbers(self, key: str) -> np.ndarray:
         try:
-            values = np.array(_leaves(self.columns[key], _MANY), np.float64)
+            return np.array(_leaves(self.columns[key], _MANY), np.float64)
         except (TypeError, ValueError) as error:
             raise self.problem(f"{key} is no list of numbers ({error})") from error
-        return self.sized(key, values, n)
 
-    def texts(self, key: str, n: int) -> list[str]:
-        if key not in self.columns:
-            return [""] * n
-        values = self.columns[key]
+    def labels(self, key: str) -> np.ndarray:
+        return self.sized(key, self.numbers(key))
+
+    def sized(self, key: str, values: Any) -> Any:
+        if len(values) != len(self.y):
+            raise self.problem(f"{key} has {len(values)} rows, regression_labels has {len(self.y)}")
+        return values
+
+    def texts(self) -> list[str]:
+        if "raw_text" not in self.columns:
+            return [""] * len(self.y)
+        values = self.columns["raw_text"]
         values = np.asarray(values).reshape(-1) if isinstance(values, PickledArray) else values
-        return self.each("raw_text", lambda v: " ".join(_texts(v, _MANY)), values, n)
+        return self.each("raw_text", lambda v: " ".join(_texts(v, _MANY)), values)
 
-    def ids(self, n: int) -> list[tuple[str, ...]]:
+    def ids(self) -> list[tuple[str, ...]]:
         """Each id as the tuple of texts that it is made of; the row where there are no ids."""
         if "id" not in self.columns:
-            return [(f"{self.name}{SEPARATOR}{i}",) for i in range(n)]
+            return [(f"{self.name}{SEPARATOR}{i}",) for i in range(len(self.y))]
         values = self.columns["id"]
         values = np.asarray(values) if isinstance(values, PickledArray) else values
-        return self.each("id", lambda v: tuple(_texts(v, 16)), values, n)
+        return self.each("id", lambda v: tuple(_texts(v, 16)), values)
 
-    def each(self, key: str, read: Callable[[Any], Any], values: Any, n: int) -> list[Any]:
+    def each(self, key: str, read: Callable[[Any], Any], values: Any) -> list[Any]:
         """Read every row of a column, and say which row cannot be read."""
+        if not isinstance(values, list | tuple | np.ndarray) or not getattr(values, "ndim", 1):
+            raise self.problem(f"{key} is {type(values).__name__}, no list or array of rows")
         found = []
-        for i, value in enumerate(self.sized(key, values, n)):
+        for i, value in enumerate(self.sized(key, values)):
             try:
                 found.append(read(value))
             except ValueError as error:
@@ -187,20 +191,19 @@ class _Split:
         name = MODALITY_NAMES[m]
         if name not in self.columns:
             return None
-        n = len(self.labels("regression_labels"))
         rows, lengths = self.columns[name], self.columns.get(f"{name}_lengths")
         if not isinstance(rows, PickledArray | list):
             raise self.problem(f"{name} is {type(rows).__name__}, no array and no list of arrays")
         if isinstance(rows, PickledArray) and (
-            len(rows.shape) not in (1, 2, 3) or (n and 0 in rows.shape[1:])
+            len(rows.shape) not in (1, 2, 3) or (len(self.y) and 0 in rows.shape[1:])
         ):
             raise self.problem(f"{name} has the shape {rows.shape} instead of (N, l, d)")
         if lengths is not None:
-            lengths = self.labels(f"{name}_lengths", n)
+            lengths = self.labels(f"{name}_lengths")
             if not (np.abs(lengths) < 2**53).all():
                 raise self.problem(f"{name}_lengths holds what is no length")
             lengths = lengths.astype(np.int64)
-        return self.sized(name, rows, n), lengths
+        return self.sized(name, rows), lengths
 
 
 def _size(rows: Any) -> int:
@@ -248,17 +251,12 @@ def _with_ids(table: pd.DataFrame) -> pd.DataFrame:
 
     ``[vid, start, end]`` gives the clip ``start-end``; a video id alone is numbered.
     """
-    seen: Counter[str] = Counter()
-    pairs = []
-    for parts in table.pop("raw_id"):
-        video, clip = split_id(parts)
-        if clip is None:
-            clip = str(seen[video])
-            seen[video] += 1
-        pairs.append((video, clip))
-    table.insert(0, "clip", [clip for _, clip in pairs])
+    pairs = [split_id(parts) for parts in table.pop("raw_id")]
     table.insert(0, "video", [video for video, _ in pairs])
-    table.insert(0, "id", [f"{video}{SEPARATOR}{clip}" for video, clip in pairs])
+    table.insert(1, "clip", [clip for _, clip in pairs])
+    numbers = table[table["clip"].isna()].groupby("video").cumcount().astype(str)
+    table["clip"] = table["clip"].fillna(numbers)
+    table.insert(0, "id", table["video"] + SEPARATOR + table["clip"])
     return table
 
 

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +11,8 @@ import pandas as pd
 from jaxtyping import Float
 
 from conki_lib.config import MODALITY_NAMES
+from conki_lib.data.packing import Range
 from conki_lib.data.pickles import BadFile
-
-Range = tuple[float | int, float | int]
 
 
 @dataclass
@@ -32,8 +31,8 @@ class RawCorpus:
     label_range: Range
     files: list[Path]
     nbytes: dict[str, int]
-    cleaned: dict[str, int] = field(default_factory=dict)
-    notes: dict[str, str] = field(default_factory=dict)
+    cleaned: dict[str, int]
+    notes: dict[str, str]
 
     def number_duplicates(self) -> None:
         """Give utterances that share id and split a number, also behind the clip; counted."""
@@ -90,8 +89,8 @@ class PaddedSequences:
     parts: dict[str, tuple[Any, np.ndarray | None]]
     cleaned: dict[str, int]
 
-    def padded(self) -> Iterator[tuple[np.ndarray, int | None]]:
-        """Each utterance as it lies in the file: all frames, and the stated length."""
+    def __iter__(self) -> Iterator[np.ndarray]:
+        raised = cut = 0
         for name, (rows, stated) in self.parts.items():
             for i, row in enumerate(rows):
                 try:
@@ -101,17 +100,12 @@ class PaddedSequences:
                         f"{name}: {MODALITY_NAMES[self.m]} of row {i} is no array (l, d) of "
                         f"numbers ({error}): correct it, or get the file again"
                     ) from error
-                yield frames, None if stated is None else int(stated[i])
-
-    def __iter__(self) -> Iterator[np.ndarray]:
-        raised = cut = 0
-        for frames, stated in self.padded():
-            last = last_frame(frames)
-            if stated is not None:
-                raised += stated < last
-                cut += stated > len(frames)
-            yield frames[: max(stated or 0, last)]
+                last = last_frame(frames)
+                length = last if stated is None else int(stated[i])
+                raised += length < last
+                cut += length > len(frames)
+                yield frames[: max(length, last)]
         name = MODALITY_NAMES[self.m]
         for what, n in (("length below the last frame", raised), ("length beyond the array", cut)):
             if n:
-                self.cleaned[f"{name}.{what}"] = int(n)
+                self.cleaned[f"{name}.{what}"] = n
