@@ -222,16 +222,14 @@ def _feel(rng: np.random.Generator, n: int) -> dict[str, Any]:
 
 def _phrases() -> tuple[list[str], np.ndarray]:
     """All phrases of the general lexicon and what they mean."""
-    texts, meanings = [], []
-    for word, polarity in WORDS.items():
-        for intensifier, factor in INTENSIFIERS.items():
-            phrase = f"{intensifier} {word}".strip()
-            meaning = polarity * factor
-            texts += [phrase] if intensifier else [phrase, f"not {phrase}"]
-            meanings += [meaning] if intensifier else [meaning, NEGATION * meaning]
-        texts.append(f"not really {word}")
-        meanings.append(NEGATION * polarity)
-    return texts, np.clip(np.array(meanings), -3, 3)
+    plain, *graded = INTENSIFIERS.items()
+    degrees = [plain, ("not", NEGATION), *graded, ("not really", NEGATION)]
+    meanings = {
+        f"{degree} {word}".strip(): polarity * factor
+        for word, polarity in WORDS.items()
+        for degree, factor in degrees
+    }
+    return list(meanings), np.clip(list(meanings.values()), -3, 3)
 
 
 def _speak(rng: np.random.Generator, domain: Domain, facts: dict[str, Any]) -> list[str]:
