@@ -14,11 +14,10 @@ from tqdm.auto import tqdm
 
 from conki_lib.config import near_names
 from conki_lib.data import open_corpora, synthetic
-from conki_lib.data.damage import damaged
+from conki_lib.data.damage import refuse_damaged
 from conki_lib.data.mmsa import RELEASES, Release
 from conki_lib.data.open_corpora import BC_LSTM, MFN, Fetched
 from conki_lib.data.packing import SPLITS, Contents, Range
-from conki_lib.data.pickles import BadFile
 from conki_lib.data.store import open_store, source_of, write_store
 from conki_lib.disk import corpus_path, explained
 
@@ -228,8 +227,7 @@ def _transfer(url: str, output: Any, registry: pooch.Pooch) -> None:
         shutil.copyfile(origin, output)
     else:
         pooch.HTTPDownloader()(url, output, registry)
-    if found := damaged(Path(output)):  # said before its checksum is called wrong
-        raise BadFile(f"{origin} is {found.what}: {found.way_out}")
+    refuse_damaged(Path(output), origin)  # before its checksum is called wrong
 
 
 def status(root: Path | str | None = None) -> list[dict[str, Any]]:

@@ -19,7 +19,7 @@ import numpy as np
 import pandas as pd
 
 from conki_lib.config import MODALITY_NAMES
-from conki_lib.data.damage import damaged
+from conki_lib.data.damage import refuse_damaged
 from conki_lib.data.packing import COLUMNS, LABELS, SPLITS
 from conki_lib.data.pickles import BadFile
 from conki_lib.data.raw import RawCorpus, guess_language
@@ -40,8 +40,7 @@ class CsdFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        if found := damaged(path):
-            raise BadFile(f"{path} is {found.what}: {found.way_out}")
+        refuse_damaged(path)
         try:
             self.file = h5py.File(path, "r")
         except OSError as error:

@@ -14,11 +14,11 @@ from tqdm import tqdm
 from conki_lib.config import MODALITY_NAMES
 from conki_lib.data.aside import clear_away
 from conki_lib.data.csd import CsdFile, read_csd
-from conki_lib.data.damage import AGAIN, damaged
+from conki_lib.data.damage import AGAIN, refuse_damaged
 from conki_lib.data.inspection import Inspection, inspect_raw, inspect_store
 from conki_lib.data.mmsa import RELEASES, is_mmsa, read_mmsa
 from conki_lib.data.packing import SPLITS, Range
-from conki_lib.data.pickles import BadFile, UnsafePickle, read_pickle
+from conki_lib.data.pickles import BadFile, read_pickle
 from conki_lib.data.raw import RawCorpus
 from conki_lib.data.store import INFO, open_store, write_store
 
@@ -38,10 +38,6 @@ class Recognised:
         return self.problem or f"{self.path} is {_READABLE[self.kind]}"
 
 
-def _no(path: Path, kind: str, what: str, way_out: str) -> Recognised:
-    return Recognised(path, kind, f"{path} is {what}: {way_out}")
-
-
 def recognise(path: str | Path, scratch: Path | None = None) -> Recognised:
     """Say what a file or folder is, by its first and last bytes; of a pickle no array is read.
 
@@ -53,51 +49,47 @@ def recognise(path: str | Path, scratch: Path | None = None) -> Recognised:
         FileNotFoundError: there is nothing.
     """
     path = Path(path)
-    if path.is_dir():
-        return _folder(path)
-    if not path.is_file():
+    if not (path.is_dir() or path.is_file()):
         raise FileNotFoundError(f"{path}: there is no such file or folder; check the path")
-    found = damaged(path)
-    return _no(path, *found) if found else _known(path, scratch)
+    try:
+        return _folder(path) if path.is_dir() else _file(path, scratch)
+    except BadFile as error:
+        return Recognised(path, "unreadable", str(error))
 
 
 def _folder(path: Path) -> Recognised:
     if (path / INFO).is_file():
-        what = "a store already"
-        return _no(path, "store", what, "open it with open_store; nothing is to be converted")
+        way_out = "open it with open_store; nothing is to be converted"
+        return Recognised(path, "store", f"{path} is a store already: {way_out}")
     if any(path.glob("*.csd")):
         return Recognised(path, "csd")
-    way_out = "give an MMSA pickle, or a folder with .csd files (labels, words, features)"
-    return _no(path, "folder", "a folder without .csd files", way_out)
+    raise BadFile(
+        f"{path} is a folder without .csd files: give an MMSA pickle, or a folder with .csd files "
+        "(labels, words, features)"
+    )
 
 
-def _known(path: Path, scratch: Path | None) -> Recognised:
+def _file(path: Path, scratch: Path | None) -> Recognised:
+    refuse_damaged(path)
     with path.open("rb") as file:
         head = file.read(8)
     if head.startswith(b"\x89HDF\r\n\x1a\n"):
-        try:
-            CsdFile(path)
-        except BadFile as error:
-            return Recognised(path, "hdf5", str(error))
-        return _no(path, "csd file", "a single .csd file", f"give its folder, {path.parent}")
+        CsdFile(path)
+        way_out = f"give its folder, {path.parent}"
+        return Recognised(path, "csd file", f"{path} is a single .csd file: {way_out}")
     if head[:1] not in b"\x80(}]c":
-        way_out = f"MMSA pickles and folders of .csd files are read; if it should be one, {AGAIN}"
-        return _no(path, "unknown", f"no known format (first bytes {head!r})", way_out)
-    try:
-        content = read_pickle(path, scratch)
-    except UnsafePickle as error:
-        return Recognised(path, "foreign pickle", str(error))
-    except BadFile as error:
-        return Recognised(path, "damaged pickle", str(error))
+        raise BadFile(
+            f"{path} is no known format (first bytes {head!r}): MMSA pickles and folders of .csd "
+            f"files are read; if it should be one, {AGAIN}"
+        )
+    content = read_pickle(path, scratch)
     if is_mmsa(content):
         return Recognised(path, "mmsa", content=content)
     keys = f" with {', '.join(map(str, list(content)[:6]))}" if isinstance(content, dict) else ""
-    what = f"a foreign pickle: a {type(content).__name__}{keys}"
-    way_out = (
-        "a dict of train, valid and test is needed, each a dict with regression_labels, id, "
-        "raw_text, vision, audio"
+    raise BadFile(
+        f"{path} is a foreign pickle: a {type(content).__name__}{keys}: a dict of train, valid and "
+        "test is needed, each a dict with regression_labels, id, raw_text, vision, audio"
     )
-    return _no(path, "foreign pickle", what, way_out)
 
 
 def _described(
