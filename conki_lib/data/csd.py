@@ -6,7 +6,6 @@ it touches; here a row belongs to the segment that holds its midpoint, so none i
 """
 
 import json
-import re
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -22,7 +21,7 @@ from conki_lib.config import MODALITY_NAMES
 from conki_lib.data.damage import refuse_damaged
 from conki_lib.data.packing import COLUMNS, LABELS, SPLITS
 from conki_lib.data.pickles import BadFile
-from conki_lib.data.raw import RawCorpus, guess_language
+from conki_lib.data.raw import ALIGNED, RawCorpus, guess_language
 
 ROLES = {
     "labels": ("label", "opinion", "sentiment", "emotion"),
@@ -32,7 +31,6 @@ ROLES = {
     "words": ("word", "transcript", "text"),
 }
 EMOTIONS = ("happy", "sad", "anger", "surprise", "disgust", "fear")
-_KEY = re.compile(r"(.+)\[(\d+)\]")
 
 
 class CsdFile:
@@ -203,7 +201,7 @@ def _segments(labels: CsdFile, cleaned: dict[str, int]) -> pd.DataFrame:
         raise BadFile(f"{labels.path}: labels are {labels._first.dtype}, numbers are needed")
     rows, dropped = [], 0
     for key in labels.data:
-        match = _KEY.fullmatch(key)
+        match = ALIGNED.fullmatch(key)
         video, clip = (match[1], match[2]) if match else (key, None)
         times, values = labels.unsorted(key)
         values = values.astype(np.float64)

@@ -98,7 +98,7 @@ def _as_table(frame: Any) -> pd.DataFrame:
     return _READERS[path.suffix](path, **options)
 
 
-def _sequences(m: str, given: Any, table: pd.DataFrame) -> Iterator[np.ndarray] | list[np.ndarray]:
+def _sequences(m: str, given: Any, table: pd.DataFrame) -> Iterator[np.ndarray]:
     """One array per row; what is missing is said before anything is written."""
     ids = table["id"].tolist()
     if isinstance(given, str) and given in table:

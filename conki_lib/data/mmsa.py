@@ -13,14 +13,13 @@ import pandas as pd
 from conki_lib.config import MODALITY_NAMES
 from conki_lib.data.packing import SPLIT_NAMES, SPLITS, Range
 from conki_lib.data.pickles import BadFile, PickledArray, Piece, StreamedArray, write_pickle
-from conki_lib.data.raw import PaddedSequences, RawCorpus, guess_language
+from conki_lib.data.raw import ALIGNED, PaddedSequences, RawCorpus, guess_language
 from conki_lib.data.store import FeatureStore, SplitView
 from conki_lib.disk import in_one_step
 
 SEPARATOR = "$_$"
 _YOUTUBE = re.compile(r"([-\w]{11})_(\d+)")  # a video id has 11 characters, "_" may be among them
 _MANY = 10**7  # parts of a column or text; more is a pickle made to hang its reader
-_ALIGNED = re.compile(r"(.+)\[(\d+)\]")
 
 
 @dataclass(frozen=True)
@@ -272,7 +271,7 @@ def split_id(parts: tuple[str, ...]) -> tuple[str, str | None]:
     if SEPARATOR in text:
         video, clip = text.rsplit(SEPARATOR, 1)
         return video, clip
-    match = _ALIGNED.fullmatch(text) or _YOUTUBE.fullmatch(text)
+    match = ALIGNED.fullmatch(text) or _YOUTUBE.fullmatch(text)
     return (match[1], match[2]) if match else (text, None)
 
 

@@ -16,7 +16,7 @@ import struct
 import tempfile
 import weakref
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -199,8 +199,7 @@ class _Dtype:
             raise ValueError(
                 f"dtype {short(self.code)}; bool, int, float, str, bytes, object are read"
             )
-        found = np.dtype(self.code)
-        return found if self.order == "|" else found.newbyteorder(self.order)
+        return np.dtype(self.code).newbyteorder(self.order)
 
     def build(self, state: Any) -> None:
         """Take the byte order of ``dtype.__setstate__``'s tuple; refuse structured dtypes."""
@@ -217,7 +216,7 @@ def _encode(text: Any, encoding: Any = "utf-8") -> bytes | Piece:
     if encoding not in ("latin1", "latin-1", "iso-8859-1"):
         raise _Refused(f"_codecs.encode to {short(encoding)}")
     if isinstance(text, Piece):
-        return Piece(text.file, text.offset, text.size, text.scratch, utf8=True)
+        return replace(text, utf8=True)
     return text.encode("latin-1")
 
 

@@ -14,6 +14,8 @@ from conki_lib.config import MODALITY_NAMES
 from conki_lib.data.packing import Range
 from conki_lib.data.pickles import BadFile
 
+ALIGNED = re.compile(r"(.+)\[(\d+)\]")  # a video and its clip, as the SDK names what it aligned
+
 
 @dataclass
 class RawCorpus:
