@@ -166,9 +166,8 @@ def read_csd(
 
 def _by_role(folder: Path, roles: dict[str, str]) -> dict[str, CsdFile]:
     given = {name: role for role, name in roles.items()}
-    unknown = [f for f in given if not (folder / f).is_file()] + [
-        r for r in roles if r not in ROLES
-    ]
+    unknown = [f for f in given if not (folder / f).is_file()]
+    unknown += [r for r in roles if r not in ROLES]
     if unknown:
         raise BadFile(
             f"{folder}: roles name {unknown[0]!r}; files of the folder are meant, under the keys "

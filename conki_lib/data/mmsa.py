@@ -54,10 +54,11 @@ RELEASES = {
 
 def is_mmsa(content: Any) -> bool:
     """Does a pickle's content have the layout: splits, each with labels or with rows?"""
-    return isinstance(content, dict) and any(
-        isinstance(content.get(split), dict) and "regression_labels" in content[split]
-        for split in SPLIT_NAMES
-    )
+    return isinstance(content, dict) and any(_is_split(content.get(s)) for s in SPLIT_NAMES)
+
+
+def _is_split(columns: Any) -> bool:
+    return isinstance(columns, dict) and "regression_labels" in columns
 
 
 def read_mmsa(path: Path, content: dict[str, Any]) -> RawCorpus:
@@ -103,7 +104,7 @@ def _splits(path: Path, content: dict[str, Any]) -> dict[str, "_Split"]:
         split = SPLIT_NAMES.get(name)
         if split and split not in found:
             found[split] = _Split(path, name, columns)
-        elif split or (isinstance(columns, dict) and "regression_labels" in columns):
+        elif split or _is_split(columns):
             raise BadFile(
                 f"{path}: split {name!r} {'is there twice' if split else 'is not known'}; known "
                 f"are {', '.join(SPLIT_NAMES)}: rename it, or take it out"
@@ -126,7 +127,7 @@ class _Split:
 
     def table(self) -> pd.DataFrame:
         """id (raw), text and labels of the split."""
-        if not isinstance(self.columns, dict) or "regression_labels" not in self.columns:
+        if not _is_split(self.columns):
             held = (
                 ", ".join(map(str, self.columns)) if isinstance(self.columns, dict) else "no dict"
             )
