@@ -12,7 +12,7 @@ from tabulate import tabulate
 from tqdm import tqdm
 
 from conki_lib.config import MODALITY_NAMES
-from conki_lib.data.packing import SPLITS, Range
+from conki_lib.data.packing import SPLITS, Range, find_folds
 from conki_lib.data.raw import RawCorpus, last_frame
 from conki_lib.data.store import FeatureStore
 
@@ -179,10 +179,8 @@ def inspect_raw(raw: RawCorpus) -> Inspection:
         "repaired when converted": _named(raw.cleaned) or "nothing but what stands below",
         **raw.notes,
     }
-    table = raw.utterances
-    splits = {c: set(table[c].dropna().unique()) for c in table if c != "text"}
-    folds = [c for c, found in splits.items() if found and found <= set(SPLITS)]
-    return _inspection(raw.path, summary, table, folds, raw.label_range, scans)
+    folds = find_folds(raw.utterances)
+    return _inspection(raw.path, summary, raw.utterances, folds, raw.label_range, scans)
 
 
 def _named(counts: dict[str, int]) -> str:

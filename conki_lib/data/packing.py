@@ -50,7 +50,7 @@ def checked_table(
     table["text"] = table["text"].fillna("")
     for column in COLUMNS[:4]:
         table[column] = table[column].astype(str)
-    folds = tuple(folds) if folds is not None else _find_folds(table)
+    folds = tuple(folds) if folds is not None else find_folds(table)
     if not folds or len(table) == 0:
         raise ValueError(
             f"{name}: {'no fold' if len(table) else 'no utterance'}; a column such as 'standard' "
@@ -64,7 +64,7 @@ def checked_table(
     return table, folds
 
 
-def _find_folds(table: pd.DataFrame) -> tuple[str, ...]:
+def find_folds(table: pd.DataFrame) -> tuple[str, ...]:
     """Name the columns that hold split names only; a column ``standard`` always counts."""
     found = []
     for column in [c for c in table.columns if c not in COLUMNS + LABELS]:
