@@ -329,6 +329,7 @@ def make_loaders(
 
 
 def task_only(output: Output, y: Tensor, share: float = 1.0) -> dict[str, Tensor]:
+    """L_task alone: the objective of stage 1; `share` as in `Objective`."""
     loss = share * task_loss(output.y_hat, y)
     return {"loss": loss, "loss_task": loss}
 

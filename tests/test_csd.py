@@ -230,7 +230,9 @@ def test_what_does_not_fit_is_named(
         ({"train": 5}, "a list of video ids is needed"),
         ({"train": "v"}, "a list of video ids is needed"),
         ({"train": [], "valid": [], "test": []}, "no video is named"),
+        ({"mine": 3}, "lists under train, valid, test are needed, not 3"),
         ({"y": {"train": ["v"]}}, "taken or empty"),
+        ({"happy": {"train": ["v"]}}, "taken or empty"),
         ({" ": {"train": ["v"]}}, "taken or empty"),
     ],
 )

@@ -600,6 +600,7 @@ class HuggingFaceLike:
 
 def test_own_data_from_files_frames_and_datasets_agree(tmp_path: Path) -> None:
     frame = _own(tmp_path)
+    frame.to_json(tmp_path / "utterances.jsonl", orient="records", lines=True)
     files = {"v": str(tmp_path / "vision"), "a": tmp_path / "audio"}
     held = {m: [np.load(Path(f) / f"{i}.npy") for i in frame["id"]] for m, f in files.items()}
     columns = frame.assign(vis=[x.tolist() for x in held["v"]], aud=[list(x) for x in held["a"]])
@@ -608,6 +609,7 @@ def test_own_data_from_files_frames_and_datasets_agree(tmp_path: Path) -> None:
     ways: dict[str, tuple[Any, Any]] = {
         "csv": (tmp_path / "utterances.csv", files),
         "parquet": (str(tmp_path / "utterances.parquet"), files),
+        "jsonl": (tmp_path / "utterances.jsonl", files),
         "frame": (frame, {m: dict(zip(frame["id"], x, strict=True)) for m, x in held.items()}),
         "sequence": (frame, held),
         "columns": (columns, {"v": "vis", "a": "aud"}),
@@ -624,7 +626,10 @@ def test_own_data_from_files_frames_and_datasets_agree(tmp_path: Path) -> None:
             for m in ("v", "a"):
                 expected = held[m][list(frame["id"]).index(i)].astype("f4")
                 np.testing.assert_array_equal(store.frames(m, row), expected)
-    assert open_store(tmp_path / "csv").utterances["text"][0] == "NA"
+    for way in ("csv", "jsonl"):
+        pd.testing.assert_frame_equal(
+            open_store(tmp_path / way).utterances, open_store(tmp_path / "frame").utterances
+        )
 
 
 @pytest.mark.parametrize(

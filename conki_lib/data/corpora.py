@@ -198,7 +198,7 @@ def _get_files(corpus: Corpus, folder: Path) -> dict[str, Path]:
         try:
             files[file] = Path(registry.fetch(file, downloader=_transfer))
         except ValueError as error:
-            if "hash" not in str(error):
+            if "the known hash" not in str(error):  # pooch's words
                 raise
             raise ValueError(
                 f"{corpus.name}: {file} from {mirror or HOST} has not the pinned checksum "

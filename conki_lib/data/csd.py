@@ -247,7 +247,7 @@ def _fold_columns(
     columns = {}
     for fold, splits in named.items():
         here = f"{where}, fold {fold!r}"
-        if not str(fold).strip() or fold in (*COLUMNS, *LABELS, "start", "end"):
+        if not str(fold).strip() or fold in (*COLUMNS, *LABELS, *EMOTIONS, "start", "end"):
             raise BadFile(f"{here}: that name is taken or empty; choose another")
         split_of = _split_of(here, splits)
         column = videos.map(split_of).astype(object)
@@ -284,7 +284,8 @@ def _read_folds(path: Path) -> Any:
 
 def _split_of(where: str, splits: Any) -> dict[str, str]:
     if not isinstance(splits, Mapping) or set(splits) - set(SPLITS):
-        raise BadFile(f"{where}: lists under {', '.join(SPLITS)} are needed, not {list(splits)}")
+        given = list(splits) if isinstance(splits, Mapping) else splits
+        raise BadFile(f"{where}: lists under {', '.join(SPLITS)} are needed, not {given!r}")
     found: dict[str, str] = {}
     for split, ids in splits.items():
         if isinstance(ids, str) or not isinstance(ids, Iterable):

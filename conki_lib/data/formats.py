@@ -155,7 +155,6 @@ def convert(
     if format not in (None, *_READABLE):
         raise ValueError(f"format={format!r}: 'mmsa' and 'csd' are known; leave it out to guess")
     raw = _described(recognise(source, scratch), format, folds, roles)
-    destination.parent.mkdir(parents=True, exist_ok=True)
     if number_duplicates:
         raw.number_duplicates()
     total = sum(path.stat().st_size for path in raw.files) + sum(raw.nbytes.values())

@@ -91,10 +91,12 @@ def _as_table(frame: Any) -> pd.DataFrame:
     path = Path(frame)
     if path.suffix not in _READERS:
         raise ValueError(f"{path}: {', '.join(_READERS)} are read; pass a DataFrame for others")
-    options: dict[str, Any] = {"lines": True} if path.suffix == ".jsonl" else {}
-    if path.suffix == ".csv":  # "007" stays "007", and the text "NA" is a text
-        options = {"dtype": {c: str for c in ("id", "video", "clip", "text")}}
+    options: dict[str, Any] = {}  # "007" stays "007", and the text "NA" is a text
+    if path.suffix == ".csv":
+        options = {"dtype": dict.fromkeys(("id", "video", "clip", "text"), str)}
         options |= {"keep_default_na": False, "na_values": {"y": [""], "split": [""]}}
+    elif path.suffix == ".jsonl":
+        options = {"lines": True, "dtype": False}
     return _READERS[path.suffix](path, **options)
 
 
