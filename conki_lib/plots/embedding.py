@@ -12,8 +12,8 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from conki_lib.embedding import MOMENTS, SETTINGS
-from conki_lib.plots.runs import RUN_COLORS, RUN_MARKERS, RUN_STYLES
-from conki_lib.plots.style import INK, MUTED, REP_COLORS, REP_MARKERS, rep_label
+from conki_lib.plots.runs import run_look
+from conki_lib.plots.style import INK, MUTED, REP_COLORS, REP_MARKERS, panel_grid, rep_label
 
 SIGNS = "PuOr"
 NUMBERS = {
@@ -113,20 +113,17 @@ def numbers_figure(numbers: pd.DataFrame) -> Figure:
     Args:
         numbers: columns variant, moment and the keys of `NUMBERS`.
     """
-    fig, axes = plt.subplots(2, 3, figsize=(8.4, 5.6))
-    for ax in axes.flat[len(NUMBERS) :]:
-        ax.set_visible(False)
+    fig, axes = panel_grid(len(NUMBERS), 3, (2.5, 2.5), more=(0.9, 0.6))
     moments = [m for m in MOMENTS if m in set(numbers["moment"])]
-    for ax, (name, (title, direction)) in zip(axes.flat, NUMBERS.items(), strict=False):
+    for ax, (name, (title, direction)) in zip(axes, NUMBERS.items(), strict=True):
         for k, (variant, part) in enumerate(numbers.groupby("variant", sort=False)):
             x = [moments.index(m) for m in part["moment"]]
-            ax.plot(x, part[name], marker=RUN_MARKERS[k % 4], color=RUN_COLORS[k % 4],
-                    linestyle=RUN_STYLES[k % 4], label=variant)  # fmt: skip
+            ax.plot(x, part[name], label=variant, **run_look(k))
         ax.set_xticks(range(len(moments)), [m.replace(" ", "\n", 1) for m in moments], fontsize=8)
         ax.set_xlim(-0.3, len(moments) - 0.7)
         ax.set_title(title, fontsize=10)
         ax.set_xlabel(direction, fontsize=8.5)
-    fig.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=4)
+    fig.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=4)
     return fig
 
 
@@ -166,13 +163,9 @@ def cka_figure(panels: Mapping[str, tuple[Sequence[str], Sequence[Sequence[float
     Args:
         panels: title -> names and matrix.
     """
-    columns = 2 if len(panels) == 4 else min(3, len(panels))
-    lines = -(-len(panels) // columns)
-    size = (3.3 * columns + 0.8, 3.2 * lines)
-    fig, axes = plt.subplots(lines, columns, figsize=size, squeeze=False)
-    for ax in axes.flat[len(panels) :]:
-        ax.set_visible(False)
-    for ax, (title, (names, matrix)) in zip(axes.flat, panels.items(), strict=False):
+    columns = 2 if len(panels) == 4 else 3
+    fig, axes = panel_grid(len(panels), columns, (3.3, 3.2), more=(0.8, 0.0))
+    for ax, (title, (names, matrix)) in zip(axes, panels.items(), strict=True):
         values = np.asarray(matrix, float)
         image = ax.imshow(values, cmap="cividis", vmin=0, vmax=1)
         for i, j in np.ndindex(values.shape):

@@ -52,9 +52,10 @@ def pair_legend(target: Axes | Figure, *, matrix: bool = False, **where: object)
     """
     handles = []
     for name in SETS:
-        edge = PAIR_COLORS[name] if name[1] == "1" else MATRIX_COLORS[name]
-        look = {"fc": MATRIX_COLORS[name], "ec": edge, "lw": 1.8} if matrix else {}
-        look = look or {"color": PAIR_COLORS[name]}
+        look = {"color": PAIR_COLORS[name]}
+        if matrix:
+            edge = PAIR_COLORS[name] if name[1] == "1" else MATRIX_COLORS[name]
+            look = {"fc": MATRIX_COLORS[name], "ec": edge, "lw": 1.8}
         handles.append(Patch(label=f"{name}  {PAIR_NAMES[name]}", **look))
     target.legend(handles=handles, **where)
 

@@ -20,7 +20,7 @@ from matplotlib.lines import Line2D
 from torch import Tensor
 
 from conki_lib.pairs import REPS
-from conki_lib.plots.style import INK, MUTED, REP_COLORS, REP_MARKERS, rep_label
+from conki_lib.plots.style import INK, MUTED, REP_COLORS, REP_MARKERS, panel_grid, rep_label
 
 RING = 0.15  # distance between the rings of two samples
 POINT_SIZES = {"A_t": 170, "O_t": 110, "A_v": 84, "O_v": 52, "A_a": 42, "O_a": 24}
@@ -94,13 +94,9 @@ def draw_planes(
     columns: int = 5,
 ) -> Figure:
     """Draw several planes under their titles, in rows of `columns`."""
-    rows, columns = -(-len(planes) // columns), min(columns, len(planes))
-    size = 12 / max(columns, 3)
-    fig, axes = plt.subplots(rows, columns, figsize=(size * columns, (size + 0.3) * rows + 0.4))
-    axes = np.atleast_1d(axes).ravel()
-    for ax in axes[len(planes) :]:
-        ax.axis("off")
-    for ax, (title, angles) in zip(axes, planes.items(), strict=False):
+    size = 12 / max(min(columns, len(planes)), 3)
+    fig, axes = panel_grid(len(planes), columns, (size, size + 0.3), more=(0.0, 0.4))
+    for ax, (title, angles) in zip(axes, planes.items(), strict=True):
         turn = None if arrows is None else arrows[title]
         draw_plane(angles, arrows=turn, title=title, ax=ax)
     rep_legend(fig, loc="outside upper center", ncol=len(REPS))

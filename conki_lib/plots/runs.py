@@ -12,7 +12,7 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
 from conki_lib.config import MODALITIES, MODALITY_NAMES
-from conki_lib.plots.style import FAMILY_COLORS, INK, MUTED, PAIR_COLORS
+from conki_lib.plots.style import FAMILY_COLORS, INK, MUTED, PAIR_COLORS, panel_grid
 from conki_lib.statistics import draw_units
 
 Point = tuple[float | int, float | int]
@@ -42,6 +42,12 @@ ABSENT = "#FFFFFF"  # a modality that the external corpus does not hold
 STATE_COLORS = {"O": FAMILY_COLORS["O"], "A before": "#D9CBE3", "A after": FAMILY_COLORS["A"]}
 
 
+def run_look(k: int) -> dict[str, str]:
+    """Colour, line and marker of the k-th of up to four runs."""
+    k %= 4
+    return {"color": RUN_COLORS[k], "linestyle": RUN_STYLES[k], "marker": RUN_MARKERS[k]}
+
+
 def learning_curves(
     histories: Mapping[str, Sequence[Mapping[str, float | int]]],
     terms: Sequence[str],
@@ -54,19 +60,16 @@ def learning_curves(
         terms: keys of a history's rows.
         best: run -> `Record.best_epoch`.
     """
-    columns = len(terms) if len(terms) <= 3 else 2
-    size = (3.6 * columns, 2.6 * -(-len(terms) // columns) + 0.4)
-    fig = plt.figure(figsize=size)
-    for place, term in enumerate(terms, 1):
-        ax = fig.add_subplot(-(-len(terms) // columns), columns, place)
+    columns = 3 if len(terms) <= 3 else 2
+    fig, axes = panel_grid(len(terms), columns, (3.6, 2.6), more=(0.0, 0.4))
+    for ax, term in zip(axes, terms, strict=True):
         for k, (run, history) in enumerate(histories.items()):
             rows = {row["epoch"]: row[term] for row in history if term in row}
-            style = dict(color=RUN_COLORS[k % 4], linestyle=RUN_STYLES[k % 4])
-            ax.plot(list(rows), list(rows.values()), marker=RUN_MARKERS[k % 4], ms=4, **style)
-            if best and best.get(run) in rows:
-                chosen = best[run]
-                ax.plot(chosen, rows[chosen], "o", ms=11, mfc="none", mec=RUN_COLORS[k % 4],
-                        clip_on=False)  # fmt: skip
+            ax.plot(list(rows), list(rows.values()), ms=4, **run_look(k))
+            chosen = (best or {}).get(run)
+            if chosen in rows:
+                ring = {"ms": 11, "mfc": "none", "mec": RUN_COLORS[k % 4], "clip_on": False}
+                ax.plot(chosen, rows[chosen], "o", **ring)
         ax.set(title=TERM_NAMES.get(term, term), xlabel="epoch")
         ax.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8))
     _legend_of_runs(fig, list(histories), ring=bool(best))
@@ -74,11 +77,7 @@ def learning_curves(
 
 
 def _legend_of_runs(fig: Figure, runs: Sequence[str], *, ring: bool = False) -> None:
-    handles = [
-        Line2D([], [], color=RUN_COLORS[k % 4], linestyle=RUN_STYLES[k % 4],
-               marker=RUN_MARKERS[k % 4], ms=4, label=run)
-        for k, run in enumerate(runs)
-    ]  # fmt: skip
+    handles = [Line2D([], [], ms=4, label=run, **run_look(k)) for k, run in enumerate(runs)]
     if ring:
         look = dict(marker="o", ms=10, mfc="none", mec=INK, linestyle="none")
         handles.append(Line2D([], [], label="epoch chosen on validation", **look))

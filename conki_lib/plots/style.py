@@ -15,6 +15,7 @@ import matplotlib as mpl
 import matplotlib.pyplot as plt
 from IPython.display import Image as DisplayImage
 from IPython.display import display
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image
 
@@ -77,8 +78,6 @@ _RC = {
     "grid.linewidth": 1,
     "patch.edgecolor": "w",
     "patch.force_edgecolor": True,
-    "svg.hashsalt": "conki",
-    "svg.fonttype": "path",
 }
 
 
@@ -90,6 +89,26 @@ def use_style() -> None:
 def rep_label(name: str) -> str:
     """Write a representation or row name as mathematics: ``"O_t^1"`` becomes :math:`O_t^1`."""
     return f"${name}$"
+
+
+def panel_grid(
+    n: int, columns: int, panel: tuple[float, float], more: tuple[float, float] = (0.0, 0.0)
+) -> tuple[Figure, list[Axes]]:
+    """A figure of n panels in lines of at most so many columns; the last line may be shorter.
+
+    Args:
+        n: number of panels.
+        columns: most panels in a line.
+        panel: width and height of one, in inches.
+        more: width and height of the figure beyond its panels.
+    """
+    columns = min(n, columns)
+    lines = -(-n // columns)
+    size = (panel[0] * columns + more[0], panel[1] * lines + more[1])
+    fig, axes = plt.subplots(lines, columns, figsize=size, squeeze=False)
+    for ax in axes.flat[n:]:
+        ax.set_visible(False)
+    return fig, list(axes.flat[:n])
 
 
 def figures_dir(profile: str) -> Path:

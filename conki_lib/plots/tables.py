@@ -22,11 +22,11 @@ METRIC_NAMES = {
     "acc2": "Acc-2 (%)", "f1": "F1 (%)", "acc2_has0": "Acc-2 has0 (%)", "f1_has0": "F1 has0 (%)",
     "acc2_non0": "Acc-2 non0 (%)", "f1_non0": "F1 non0 (%)",
 }  # fmt: skip
-GROUP_COLORS = {"components": "#0B6B3A", "parts of C4": "#C1272D", "modalities": "#2166AC",
-                "controls": "#8A6D00", "readings": "#5B2A86", "sweeps": "#5B6770",
-                "switches": "#00736B"}  # fmt: skip
-GROUP_MARKERS = {"components": "o", "parts of C4": "s", "modalities": "^", "controls": "D",
-                 "readings": "v", "sweeps": "P", "switches": "X"}  # fmt: skip
+GROUP_LOOKS = {  # colour and marker
+    "components": ("#0B6B3A", "o"), "parts of C4": ("#C1272D", "s"), "modalities": ("#2166AC", "^"),
+    "controls": ("#8A6D00", "D"), "readings": ("#5B2A86", "v"), "sweeps": ("#5B6770", "P"),
+    "switches": ("#00736B", "X"),
+}  # fmt: skip
 BETTER, WORSE, OPEN = "#2166AC", "#C1272D", "#8A8A8A"
 
 # ---- tables -------------------------------------------------------------------------------------
@@ -218,7 +218,7 @@ def runs_figure(runs: pd.DataFrame, metrics: Sequence[str], base: str = "full") 
         by_row = [runs.loc[runs["variant"] == row, metric].to_numpy() * scale for row in counts]
         far = _far_outside(by_row)
         for y, (row, values) in enumerate(zip(counts, by_row, strict=True)):
-            color, marker = GROUP_COLORS[group_of[row]], GROUP_MARKERS[group_of[row]]
+            color, marker = GROUP_LOOKS[group_of[row]]
             if far[y]:
                 low, mean, high = (f"{f(values):.{digits}f}" for f in (np.min, np.mean, np.max))
                 text = f"{mean} ({low} to {high})" if len(values) > 1 else mean
@@ -254,9 +254,10 @@ def _direction(metric: str) -> str:
 
 
 def _group_legend(fig: Figure, groups: Sequence[str], base: str) -> None:
-    look = dict(linestyle="none", ms=6)
-    handles = [Line2D([], [], marker=GROUP_MARKERS[g], color=GROUP_COLORS[g], label=g, **look)
-               for g in groups]  # fmt: skip
+    handles = []
+    for group in groups:
+        color, marker = GROUP_LOOKS[group]
+        handles.append(Line2D([], [], color=color, marker=marker, ls="none", ms=6, label=group))
     handles += [Line2D([], [], color=INK, marker="|", ms=11, mew=2, ls="none", label="mean"),
                 Line2D([], [], color=MUTED, ls="--", label=f"mean of {base}")]  # fmt: skip
     fig.legend(handles=handles, loc="outside upper center", ncols=4)
@@ -344,7 +345,7 @@ def sweep_figure(
         if lines.empty:
             raise ValueError(f"no seed was run with every value of {setting}")
         ax.set_xscale("symlog", linthresh=float(lines.index[lines.index > 0].min()))
-        ax.plot(lines.index, lines, "o-", color=GROUP_COLORS["sweeps"], alpha=0.5, ms=4, lw=0.8)
+        ax.plot(lines.index, lines, "o-", color=GROUP_LOOKS["sweeps"][0], alpha=0.5, ms=4, lw=0.8)
         ax.plot(lines.index, lines.mean(axis=1), "_-", color=INK, ms=14, mew=1.6, lw=1.6)
         if own is not None:
             ax.axvline(own, color=MUTED, ls="--", lw=1, zorder=1)
@@ -390,7 +391,7 @@ def published_figure(
     scale = [100 if is_share(m) else 1 for m in metrics]
     for k, (row, values) in enumerate(ours.items()):
         x, y = (np.asarray(v) * s for v, s in zip(values, scale, strict=True))
-        color, marker = list(GROUP_COLORS.values())[k % 6], list(GROUP_MARKERS.values())[k % 6]
+        color, marker = list(GROUP_LOOKS.values())[k % 6]
         ax.scatter(x, y, s=34, color=color, marker=marker, alpha=0.75, lw=0, zorder=3,
                    label=f"{row} (ours, n = {len(x)})")  # fmt: skip
     x, y = (published[m] * s for m, s in zip(metrics, scale, strict=True))
