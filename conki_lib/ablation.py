@@ -261,10 +261,9 @@ def coverage(profile: str, runs: pd.DataFrame) -> pd.DataFrame:
         Columns variant, group, n, reason (empty where n > 0), meaning; in the tables' order.
     """
     base = RunConfig.from_profile(profile)
-    counts = runs["variant"].value_counts() if len(runs) else {}
-    lines = []
-    for name in row_order([*VARIANTS, *(runs["variant"] if len(runs) else ())]):
-        row, n = variant(name), int(counts.get(name, 0))
+    names, lines = list(runs["variant"]) if len(runs) else [], []
+    for name in row_order([*VARIANTS, *names]):
+        row, n = variant(name), names.count(name)
         reason = "" if n else why_not(base, name) or (
             "not run" if configure(profile, name).variant == name else "the same as full here"
         )  # fmt: skip

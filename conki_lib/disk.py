@@ -18,7 +18,6 @@ WORDS = {
     errno.EPERM: "no permission to write",
     errno.ENOTDIR: "a file stands where a folder is needed",
 }
-_PROBE = 1 << 16  # bytes
 
 
 def data_root(root: Path | str | None = None) -> Path:
@@ -46,8 +45,7 @@ def disk_problem(folder: Path) -> int | None:
             return errno.ENOTDIR
         folder = folder.parent
     try:
-        with tempfile.TemporaryFile(dir=folder) as file:
-            file.write(bytes(_PROBE))
+        _probe(folder)
     except OSError as error:
         return error.errno if error.errno in WORDS else None
     return None
@@ -61,8 +59,12 @@ def make_writable(what: str, folder: Path, way_out: str) -> None:
     """
     with explained(what, folder, way_out):
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder) as file:
-            file.write(bytes(_PROBE))  # an empty file fits on a full disk
+        _probe(folder)
+
+
+def _probe(folder: Path) -> None:
+    with tempfile.TemporaryFile(dir=folder) as file:
+        file.write(bytes(1 << 16))  # an empty file fits on a full disk
 
 
 @contextmanager

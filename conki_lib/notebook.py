@@ -163,40 +163,34 @@ def check_parameters(
     """
     declared, values = notebook_parameters(notebook), {}
     for name, value in given.items():
-        kind = _declared(notebook, declared, name)
-        values[name] = _checked(notebook, name, value, lambda v, k=kind: k.validate_python(v))
+        values[name] = _checked(Path(notebook).stem, declared, name, value)
     for assignment in assignments:
         name, equals, text = assignment.partition("=")
         if not equals:
             raise ValueError(f"-p {assignment!r}: write -p name=value")
-        kind = _declared(notebook, declared, name)
-        values[name] = _checked(notebook, name, text, lambda v, k=kind: _from_text(k, v))
+        values[name] = _checked(Path(notebook).stem, declared, name, text, typed=True)
     return values
 
 
-def _declared(notebook: str | Path, declared: Mapping[str, Parameter], name: str) -> TypeAdapter:
+def _checked(
+    stem: str, declared: Mapping[str, Parameter], name: str, value: Any, *, typed: bool = False
+) -> Any:
+    """A value of the type that a notebook declares; what was `typed` in a shell is converted."""
     if name not in declared:
         raise ValueError(
-            f"{Path(notebook).stem} declares no parameter {name!r}{near_names(name, declared)}: "
+            f"{stem} declares no parameter {name!r}{near_names(name, declared)}: "
             f"it declares {', '.join(declared) or 'none'}"
         )
-    return TypeAdapter(declared[name].type, config={"strict": True, "allow_inf_nan": False})
-
-
-def _from_text(kind: TypeAdapter, text: str) -> Any:
-    if text.lower() in ("none", "null"):
-        return kind.validate_python(None)
-    return kind.validate_strings(text, strict=False)
-
-
-def _checked(notebook: str | Path, name: str, value: Any, check: Any) -> Any:
+    kind = TypeAdapter(declared[name].type, config={"strict": True, "allow_inf_nan": False})
     try:
-        return check(value)
+        if not typed:
+            return kind.validate_python(value)
+        if value.lower() in ("none", "null"):
+            return kind.validate_python(None)
+        return kind.validate_strings(value, strict=False)
     except ValidationError as error:
-        raise ValueError(
-            f"{Path(notebook).stem}: parameter {name!r} cannot be {value!r}: "
-            f"{error.errors()[0]['msg']}"
-        ) from None
+        message = error.errors()[0]["msg"]
+        raise ValueError(f"{stem}: parameter {name!r} cannot be {value!r}: {message}") from None
 
 
 def profile_parameters(notebook: str | Path, profile: str) -> dict[str, Any]:
@@ -342,13 +336,11 @@ def _publish(aside: Path, target: Path) -> None:
 
 @contextmanager
 def _environment(**values: str) -> Iterator[None]:
-    before = {name: os.environ.get(name) for name in values}
+    before = {name: os.environ[name] for name in values if name in os.environ}
     os.environ.update(values)
     try:
         yield
     finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
+        for name in values:
+            del os.environ[name]
+        os.environ.update(before)

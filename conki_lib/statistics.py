@@ -20,7 +20,7 @@ from conki_lib.metrics import MOSI_METRICS, SIMS_EDGES, SIMS_METRICS, mosi_metri
 
 METRICS = {"mosi": MOSI_METRICS, "sims": SIMS_METRICS}
 SMALLER_IS_BETTER = ("mae",)
-KEYS = ["fold", "variant", "seed", "split"]
+KEYS = ["key", "fold", "variant", "seed", "split"]
 PUBLISHED = {"mosi": "mosi", "mosi-open": "mosi", "mosei": "mosei", "sims": "sims"}
 
 
@@ -42,8 +42,8 @@ def recompute(predictions: pd.DataFrame, *, metrics: str = "mosi") -> pd.DataFra
     """
     score = sims_metrics if metrics == "sims" else mosi_metrics
     lines = [
-        {**dict(zip(["key", *KEYS], place, strict=True)), **score(y_hat=part["y_hat"], y=part["y"])}
-        for place, part in predictions.groupby(["key", *KEYS], sort=False)
+        dict(zip(KEYS, place, strict=True)) | score(y_hat=part["y_hat"], y=part["y"])
+        for place, part in predictions.groupby(KEYS, sort=False)
     ]
     return pd.DataFrame(lines)
 
@@ -222,7 +222,6 @@ def paired_differences(
     metrics: str = "mosi",
     clusters: Mapping[str, str] | None = None,
     draws: int = 2000,
-    seed: int = 0,
 ) -> pd.DataFrame:
     """Difference of every row to a base row, with `crossed_interval`, over the seeds they share.
 
@@ -233,7 +232,6 @@ def paired_differences(
         clusters: id -> video, see `videos_of`; whole videos are drawn, as clips of one speaker are
             alike. None: single utterances.
         draws: bootstrap samples.
-        seed: of the bootstrap.
 
     Returns:
         One line per row and metric: variant, metric, seeds, utterances, units (videos, or single
@@ -244,16 +242,16 @@ def paired_differences(
     for name in dict.fromkeys(predictions["variant"]):
         pair = pair_up(*answers, name, base) if name != base else None
         if pair is not None:
-            lines += _differences(pair, name, metrics, clusters, draws, seed)
+            lines += _differences(pair, name, metrics, clusters, draws)
     return corrected(pd.DataFrame(lines))
 
 
 def _differences(
-    pair: Pair, name: str, metrics: str, clusters: Mapping[str, str] | None, draws: int, seed: int
+    pair: Pair, name: str, metrics: str, clusters: Mapping[str, str] | None, draws: int
 ) -> list[dict]:
     S, N = pair.row.shape
     names = [clusters[i] for i in pair.ids] if clusters else pair.ids
-    drawn = draw_units(np.random.default_rng(seed), names, draws)
+    drawn = draw_units(np.random.default_rng(0), names, draws)
     row, base = (drawn_scores(x, pair.y, drawn, metrics=metrics) for x in (pair.row, pair.base))
     units = drawn.counts.shape[1]
     values = {metric: row[metric] - base[metric] for metric in METRICS[metrics]}
