@@ -342,13 +342,11 @@ def held_effects(root: Path = ROOT) -> dict[str, dict[str, str]]:
 
 def effect_of(row: dict[str, Any], effects: dict[str, dict[str, str]]) -> list[str]:
     """The measured effects of one row, toys once, others with their profile."""
-    names, lines = [*row["effect"], *row_order(row["rows"])], []
-    for name in names:
-        if name in TOYS:
-            lines += sorted({held[name] for held in effects.values() if name in held})[:1]
-        else:
-            lines += [f"{profile}: {held[name]}" for profile, held in effects.items()
-                      if name in held]  # fmt: skip
+    lines: list[str] = []
+    for name in (*row["effect"], *row_order(row["rows"])):
+        found = {profile: held[name] for profile, held in effects.items() if name in held}
+        by_profile = [f"{profile}: {text}" for profile, text in found.items()]
+        lines += sorted(found.values())[:1] if name in TOYS else by_profile
     return lines
 
 

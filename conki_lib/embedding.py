@@ -5,6 +5,7 @@ All distances are between rows of unit length, since the contrastive loss sees c
 
 import os
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import product
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -253,17 +254,13 @@ def maps(
     Returns:
         Columns method, setting, seed, id, rep, y, x1, x2.
     """
-    rows, K = found.rows(), len(found.names)
-    points = pd.DataFrame({
-        "id": np.repeat(found.ids, K), "rep": np.tile(found.names, len(found.ids)),
-        "y": np.repeat(found.y, K).astype(np.float32),
-    })  # fmt: skip
-    tables = []
+    rows, K, tables = found.rows(), len(found.names), []
     for method, settings in grid.items():
-        for setting in settings:
-            for seed in seeds:
-                xy = project(rows, method, setting=setting, seed=seed).astype(np.float32).round(2)
-                tables.append(points.assign(method=method, setting=setting, seed=seed,
-                                            x1=xy[:, 0], x2=xy[:, 1]))  # fmt: skip
-    columns = ["method", "setting", "seed", "id", "rep", "y", "x1", "x2"]
-    return pd.concat(tables, ignore_index=True)[columns]
+        for setting, seed in product(settings, seeds):
+            xy = project(rows, method, setting=setting, seed=seed).astype(np.float32).round(2)
+            tables.append(pd.DataFrame({
+                "method": method, "setting": setting, "seed": seed,
+                "id": np.repeat(found.ids, K), "rep": np.tile(found.names, len(found.ids)),
+                "y": np.repeat(found.y, K).astype(np.float32), "x1": xy[:, 0], "x2": xy[:, 1],
+            }))  # fmt: skip
+    return pd.concat(tables, ignore_index=True)

@@ -7,7 +7,7 @@ and HTML in a few milliseconds; `explore` puts controls on top. Where nobody can
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from itertools import groupby
 from typing import Any
 
@@ -54,10 +54,6 @@ def plane(angles: Float[Tensor, "*S"]) -> Float[Tensor, "*S 2"]:
     return torch.stack([angles.cos(), angles.sin()], dim=-1)
 
 
-def _start(samples: int) -> Float[Tensor, "B K"]:
-    return torch.tensor(START_DEGREES[:samples], dtype=torch.float64).deg2rad()
-
-
 @dataclass
 class ExplorerState:
     """A batch in the plane and the settings of the loss; everything shown follows from them.
@@ -79,11 +75,6 @@ class ExplorerState:
     anchor: str = "O_t^1"
 
     def __post_init__(self) -> None:
-        self._check()
-        self._settle()
-        self.restart()
-
-    def _check(self) -> None:
         if not SAMPLES[0] <= len(self.y) <= SAMPLES[1]:
             raise ValueError(f"y holds {len(self.y)} labels: give {SAMPLES[0]} to {SAMPLES[1]}")
         if not SMALLEST_TAU <= self.tau < math.inf:
@@ -94,10 +85,14 @@ class ExplorerState:
         if self.anchor not in self.rows:
             near = near_names(self.anchor, self.rows)
             raise ValueError(f"anchor={self.anchor!r}{near}: it must be a row such as 'O_t^1'")
+        self.masks: PairMasks = pair_masks(self.y, n1=self.n1, without=self.without)
+        self.codes: np.ndarray = set_codes(self.masks)
+        self.restart()
 
     def restart(self) -> None:
         """Put all vectors back to where they started."""
-        self.angles = _start(len(self.y))
+        start = torch.tensor(START_DEGREES[: len(self.y)], dtype=torch.float64)
+        self.angles: Tensor = start.deg2rad()
 
     def update(self, **changes: object) -> None:
         """Change settings, all or none; vectors stay where they are, new samples bring theirs.
@@ -110,23 +105,12 @@ class ExplorerState:
         for name in changes:
             if name not in known:
                 raise ValueError(f"unknown setting {name!r}{near_names(name, known)}")
-        before = vars(self).copy()
-        try:
-            vars(self).update(changes)
-            if self.anchor not in self.rows and "anchor" not in changes:
-                self.anchor = self.rows[0]
-            self._check()
-            self._settle()
-        except Exception:
-            vars(self).update(before)
-            raise
-        kept = self.angles[: len(self.y)]
-        self.angles = torch.cat([kept, _start(len(self.y))[len(kept) :]])
-
-    def _settle(self) -> None:
-        """Build the pair sets, once per change."""
-        self.masks: PairMasks = pair_masks(self.y, n1=self.n1, without=self.without)
-        self.codes: np.ndarray = set_codes(self.masks)
+        if self.anchor not in row_names(len(changes.get("y", self.y))):
+            changes = {"anchor": "O_t^1", **changes}
+        changed = replace(self, **changes)
+        kept = self.angles[: len(changed.y)]
+        changed.angles = torch.cat([kept, changed.angles[len(kept) :]])
+        vars(self).update(vars(changed))
 
     @property
     def rows(self) -> list[str]:
@@ -325,11 +309,11 @@ class Explorer:
 
     def _make_controls(self) -> None:
         state, wide = self.state, {"description_width": "70px"}
-        buttons = {"description_width": "70px", "button_width": "92px"}
+        buttons = wide | {"button_width": "92px"}
         given = (*state.y, *(0.5, 2.0, -1.0))[: SAMPLES[1]]
         self.labels = [
             widgets.FloatSlider(v, min=-3, max=3, step=0.1, description=f"y of {i + 1}",
-                                readout_format="+.1f", continuous_update=True, style=wide)
+                                readout_format="+.1f", style=wide)
             for i, v in enumerate(given)
         ]  # fmt: skip
         self.samples = widgets.IntSlider(
@@ -348,19 +332,17 @@ class Explorer:
             ),
         }
         self.switches = [
-            widgets.Checkbox(name not in state.without, description=name, indent=False)
+            widgets.Checkbox(name not in state.without, description=name, indent=False,
+                             layout={"width": "60px"})
             for name in SETS
-        ]
+        ]  # fmt: skip
         self.step = widgets.Button(description="descend 5 steps", icon="play")
         self.again = widgets.Button(description="start again", icon="undo")
 
     def _layout(self) -> list[widgets.Widget]:
-        box = widgets.VBox
-        for switch in self.switches:
-            switch.layout.width = "60px"
-        left = box([self.samples, *self.labels])
-        right = box([*self.settings.values(), widgets.HBox(self.switches),
-                     widgets.HBox([self.step, self.again])])  # fmt: skip
+        left = widgets.VBox([self.samples, *self.labels])
+        lines = [widgets.HBox(self.switches), widgets.HBox([self.step, self.again])]
+        right = widgets.VBox([*self.settings.values(), *lines])
         return [widgets.HBox([left, right]), self.text, self.svg]
 
     def _changed(self, _change: Any) -> None:

@@ -154,8 +154,8 @@ def conflict_along(record: Record, *, batches: int = 4) -> pd.DataFrame:
 
 
 def _gradients(loss: Tensor, parameters: list[nn.Parameter]) -> list[Tensor]:
-    found = torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True)
-    return [torch.zeros_like(p) if g is None else g for g, p in zip(found, parameters, strict=True)]
+    found = torch.autograd.grad(loss, parameters, retain_graph=True, materialize_grads=True)
+    return list(found)
 
 
 def _shared_parameters(model: nn.Module) -> dict[str, list[tuple[str, nn.Parameter]]]:

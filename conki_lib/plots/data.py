@@ -72,17 +72,15 @@ def feature_ranges(store: FeatureStore) -> pd.DataFrame:
     for m in store.info.widths:
         order = np.random.default_rng(0).permutation(len(view))
         few = order[: np.searchsorted(np.cumsum(view.lengths(m)[order]), MOST_FRAMES) + 1]
-        x = np.concatenate([store.frames(m, row) for row in view.rows[few].tolist()]).astype(
-            np.float64
-        )
+        frames = [store.frames(m, row) for row in view.rows[few].tolist()]
+        x = np.concatenate(frames, dtype=np.float64)
         q = np.quantile(x, [0, 0.01, 0.5, 0.99, 1], axis=0)
-        table = pd.DataFrame(q.T, columns=["min", "q01", "median", "q99", "max"])
-        table.insert(0, "feature", np.arange(x.shape[1]))
-        table.insert(0, "modality", MODALITY_NAMES[m])
-        table["mean"], table["std"], table["zeros"] = x.mean(0), x.std(0), (x == 0).mean(0)
-        deviation = np.where(x.std(0) > 0, x.std(0), 1)
-        table["furthest"] = np.abs((q[[0, -1]] - x.mean(0)) / deviation).max(0)
-        lines.append(table)
+        mean, std = x.mean(0), x.std(0)
+        table = {"modality": MODALITY_NAMES[m], "feature": np.arange(x.shape[1])}
+        table |= dict(zip(["min", "q01", "median", "q99", "max"], q, strict=True))
+        table |= {"mean": mean, "std": std, "zeros": (x == 0).mean(0)}
+        table["furthest"] = np.abs((q[[0, -1]] - mean) / np.where(std > 0, std, 1)).max(0)
+        lines.append(pd.DataFrame(table))
     return pd.concat(lines, ignore_index=True) if lines else pd.DataFrame()
 
 
