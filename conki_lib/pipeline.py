@@ -147,10 +147,9 @@ def sources(profile: str) -> dict[str, str]:
     """
     digest = hashlib.sha256()
     base = RunConfig.from_profile(profile)
-    files = [*sorted((ROOT / "conki_lib").rglob("*.py")), ROOT / "docs" / "audit.yml"]
-    files += sorted((ROOT / "conki_lib").rglob("*.html"))
-    files += [EQUAL_CODE, *sorted((ROOT / "results" / "reported").glob("*.csv"))]
-    for path in files:
+    files = [p for p in (ROOT / "conki_lib").rglob("*") if p.suffix in (".py", ".html")]
+    files += (ROOT / "results" / "reported").glob("*.csv")
+    for path in (*sorted(files), ROOT / "docs" / "audit.yml", EQUAL_CODE):
         digest.update(path.read_bytes() if path.is_file() else b"")
     for path in sorted((ROOT / "notebooks").glob("*.ipynb")):
         try:
