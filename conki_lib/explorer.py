@@ -7,7 +7,8 @@ and HTML in a few milliseconds; `explore` puts controls on top. Where nobody can
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, fields, replace
+from copy import copy
+from dataclasses import dataclass, fields
 from itertools import groupby
 from typing import Any
 
@@ -75,6 +76,11 @@ class ExplorerState:
     anchor: str = "O_t^1"
 
     def __post_init__(self) -> None:
+        self._settle()
+        self.restart()
+
+    def _settle(self) -> None:
+        """Check the settings and build the pair sets, once per change."""
         if not SAMPLES[0] <= len(self.y) <= SAMPLES[1]:
             raise ValueError(f"y holds {len(self.y)} labels: give {SAMPLES[0]} to {SAMPLES[1]}")
         if not SMALLEST_TAU <= self.tau < math.inf:
@@ -87,7 +93,6 @@ class ExplorerState:
             raise ValueError(f"anchor={self.anchor!r}{near}: it must be a row such as 'O_t^1'")
         self.masks: PairMasks = pair_masks(self.y, n1=self.n1, without=self.without)
         self.codes: np.ndarray = set_codes(self.masks)
-        self.restart()
 
     def restart(self) -> None:
         """Put all vectors back to where they started."""
@@ -105,9 +110,12 @@ class ExplorerState:
         for name in changes:
             if name not in known:
                 raise ValueError(f"unknown setting {name!r}{near_names(name, known)}")
-        if self.anchor not in row_names(len(changes.get("y", self.y))):
-            changes = {"anchor": "O_t^1", **changes}
-        changed = replace(self, **changes)
+        changed = copy(self)
+        vars(changed).update(changes)
+        if changed.anchor not in changed.rows and "anchor" not in changes:
+            changed.anchor = changed.rows[0]
+        changed._settle()
+        changed.restart()
         kept = self.angles[: len(changed.y)]
         changed.angles = torch.cat([kept, changed.angles[len(kept) :]])
         vars(self).update(vars(changed))

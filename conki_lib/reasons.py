@@ -213,23 +213,23 @@ def external_distance(
 
 
 def _word_distance(target: FeatureStore, external: FeatureStore) -> list[tuple[str, float, str]]:
-    test, own, other = target["test"], target["train"], external["train"]
-    texts = {name: list(view.columns["text"]) for name, view in
-             (("test", test), ("own", own), ("other", other))}  # fmt: skip
-    words_of = word_counter(target.info.language).build_analyzer()
-    known = {word for text in texts["other"] for word in words_of(text)}
-    said = [word for text in texts["test"] for word in words_of(text)]
+    test, language = target["test"], target.info.language
+    train = {"target": target["train"], "external": external["train"]}
+    texts = {corpus: list(view.columns["text"]) for corpus, view in train.items()}
+    test_texts = list(test.columns["text"])
+    words_of = word_counter(language).build_analyzer()
+    known = {word for text in texts["external"] for word in words_of(text)}
+    said = [word for text in test_texts for word in words_of(text)]
     lines = [("words known", float(np.mean([w in known for w in said])),
               "share of the target's test words that external training texts hold")]  # fmt: skip
-    for name, label, view in (("own", "target", own), ("other", "external", other)):
-        x, x_test = bag_of_words(texts[name], texts["test"], language=target.info.language)
+    for corpus, view in train.items():
+        x, x_test = bag_of_words(texts[corpus], test_texts, language=language)
         y_hat = ridge_predict(x, view.y, x_test, standardise=False)
         meaning = "correlation on the target's test split of a ridge on these words"
-        lines.append((f"words of {label}", float(np.corrcoef(y_hat, test.y)[0, 1]), meaning))
-    n = min(len(texts["own"]), len(texts["other"]))
-    rng = np.random.default_rng(0)
-    both = [texts[k][i] for k in ("own", "other") for i in rng.permutation(len(texts[k]))[:n]]
-    x, _ = bag_of_words(both, both[:1], language=target.info.language)
+        lines.append((f"words of {corpus}", float(np.corrcoef(y_hat, test.y)[0, 1]), meaning))
+    n, rng = min(map(len, texts.values())), np.random.default_rng(0)
+    both = [part[i] for part in texts.values() for i in rng.permutation(len(part))[:n]]
+    x, _ = bag_of_words(both, both[:1], language=language)
     which = np.repeat([0, 1], n)
     guess = cross_val_predict(LogisticRegression(max_iter=200), x, which, cv=3)
     lines.append(("corpora told apart", float((guess == which).mean()),

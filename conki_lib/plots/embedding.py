@@ -65,12 +65,12 @@ def _draw_map(ax: Axes, part: pd.DataFrame, color: str, limit: float, size: floa
 
 
 def _map_legend(fig: Figure, axes, coordinates: pd.DataFrame, color: str, limit: float) -> None:
-    names = list(dict.fromkeys(coordinates["rep"]))
+    names = dict.fromkeys(coordinates["rep"])
     if color == "sentiment":
         scale = ScalarMappable(TwoSlopeNorm(0, -limit, limit), SIGNS)
         fig.colorbar(scale, ax=axes, label="sentiment $y$", shrink=0.6, pad=0.02)
-        names = [next((n for n in names if n[0] == kind), "") for kind in "OA"]
-        labels = {n: f"${n[0]}_m$" for n in names if n}
+        first = {n[0]: n for n in reversed(names)}
+        labels = {first[kind]: f"${kind}_m$" for kind in "OA" if kind in first}
     else:
         labels = {n: rep_label(n) for n in names}
     handles = [

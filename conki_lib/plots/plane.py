@@ -163,9 +163,8 @@ def animate_descent(paths: Mapping[str, Float[Tensor, "S B K"]]) -> HTML:
 def draw_gaps(gaps: Mapping[str, Float[Tensor, " S"]]) -> Figure:
     """Draw the smallest angle between an O and an A, in degrees, over the steps of descent."""
     fig, ax = plt.subplots(figsize=(6.6, 2.8))
-    for (title, gap), color in zip(gaps.items(), (INK, MUTED), strict=False):
-        style = {"color": color, "ls": "-" if color == INK else "--", "lw": 2.2}
-        ax.plot(gap.numpy(), label=title, **style)
+    for (title, gap), color, ls in zip(gaps.items(), (INK, MUTED), ("-", "--"), strict=False):
+        ax.plot(gap.numpy(), label=title, color=color, ls=ls, lw=2.2)
     ax.set(xlabel="step", ylabel="smallest O–A angle (°)", ylim=(-3, None))
     ax.legend()
     return fig

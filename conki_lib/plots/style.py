@@ -44,11 +44,9 @@ PAIR_NAMES = {
 }
 INK = "#222222"
 MUTED = "#8A8A8A"
-DPI = 110
 
 _RC = {
-    "figure.dpi": DPI,
-    "savefig.dpi": DPI,
+    "figure.dpi": 110,
     "figure.constrained_layout.use": True,
     "font.family": "DejaVu Sans",
     "font.size": 12,
@@ -70,8 +68,6 @@ _RC = {
     "ytick.major.size": 6,
     "ytick.major.width": 1.25,
     "legend.fontsize": 9,
-    "legend.title_fontsize": 12,
-    "legend.frameon": False,
     "axes.spines.top": False,
     "axes.spines.right": False,
     "grid.color": "#E6E6E6",
