@@ -17,14 +17,7 @@ from IPython.display import Code
 from pydantic import TypeAdapter, ValidationError
 from traitlets.config import Config
 
-from conki_lib.config import (
-    HEADLESS,
-    ROOT,
-    RunConfig,
-    near_names,
-    read_profile,
-    setting_names,
-)
+from conki_lib.config import HEADLESS, ROOT, RunConfig, near_names, read_profile, setting_names
 from conki_lib.config import headless as headless  # for notebooks
 from conki_lib.disk import DiskError, explained, in_one_step, make_writable
 

@@ -9,10 +9,10 @@ import pandas as pd
 from jaxtyping import Bool, Float, Integer
 from matplotlib import colormaps
 from matplotlib.axes import Axes
-from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
+from matplotlib.typing import ColorType
 
 from conki_lib.config import MODALITY_NAMES
 from conki_lib.data.store import FeatureStore, SplitView, Utterance
@@ -89,12 +89,13 @@ def is_tie(y: Float[np.ndarray, " N"]) -> Bool[np.ndarray, " N"]:
     return np.abs(y - np.trunc(y)) == 0.5
 
 
-def _colors_of(y: np.ndarray, label_range: tuple[float, float]) -> np.ndarray:
+def _color_of(label: float, label_range: tuple[float, float]) -> ColorType:
     """From the range's low end (brown) to its high end (teal), the palest middle left out."""
     low, high = label_range
-    place = 2 * (np.asarray(y, float) - low) / (high - low) - 1
-    colors = colormaps[SIGNS](0.5 + 0.4 * place + 0.08 * np.sign(place))
-    return np.where(np.isclose(place, 0)[..., None], to_rgba(NEUTRAL), colors)
+    place = 2 * (label - low) / (high - low) - 1
+    if np.isclose(place, 0):
+        return NEUTRAL
+    return colormaps[SIGNS](0.5 + 0.4 * place + 0.08 * np.sign(place))
 
 
 # --- labels and lengths ------------------------------------------------------------------------
@@ -134,7 +135,7 @@ def _draw_labels(ax: Axes, y: np.ndarray, label_range: tuple[float, float]) -> i
     tie = is_tie(y)
     bottom = np.zeros(len(edges) - 1)
     for c in np.unique(classes):
-        color = _colors_of(np.array([c]), label_range)[0]
+        color = _color_of(float(c), label_range)
         for halfway in (False, True):
             height, _ = np.histogram(y[(classes == c) & (tie == halfway)], edges)
             k = np.flatnonzero(height)

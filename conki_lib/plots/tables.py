@@ -50,7 +50,7 @@ def main_table(
     summary: pd.DataFrame,
     coverage: pd.DataFrame,
     metrics: Sequence[str],
-    published: pd.DataFrame | None = None,
+    published: pd.DataFrame,
 ) -> pd.DataFrame:
     """The main table as text: every row of ours, those without a run too, then published ones.
 
@@ -73,7 +73,6 @@ def main_table(
             older = int(found.get("older", 0))
             note = f"{older} of {row.n} by older code" if older else ""
         lines.append(line | {"note": note})
-    published = pd.DataFrame() if published is None else published
     if len(published):  # a corpus of the paper
         note = "the paper's figures: no source to check here"
         lines.append({"row": "ConKI (paper)", "note": note})
@@ -115,7 +114,7 @@ def _p(p: float) -> str:
     return "" if not np.isfinite(p) else "<0.001" if p < 0.001 else f"{p:.3f}"
 
 
-_LATEX = {"&": r"\&", "%": r"\%", "_": r"\_", "#": r"\#", "±": r"$\pm$", "<": "$<$"}
+_LATEX = str.maketrans({"&": r"\&", "%": r"\%", "_": r"\_", "#": r"\#", "±": r"$\pm$", "<": "$<$"})
 
 
 def latex(table: pd.DataFrame, caption: str = "", label: str = "") -> str:
@@ -128,8 +127,7 @@ def latex(table: pd.DataFrame, caption: str = "", label: str = "") -> str:
 
 
 def _tex(value: object) -> str:
-    text = "".join(_LATEX.get(c, c) for c in str(value))
-    return re.sub(r"(?<![\w.])-(?=\d)", "$-$", text)
+    return re.sub(r"(?<![\w.])-(?=\d)", "$-$", str(value).translate(_LATEX))
 
 
 def brief(table: pd.DataFrame) -> pd.DataFrame:
