@@ -170,15 +170,14 @@ def length_figure(stores: Mapping[str, FeatureStore]) -> Figure:
     """
     fig, axes = plt.subplots(len(stores), 3, figsize=(10, 2.4 * len(stores)), squeeze=False)
     for (title, store), row in zip(stores.items(), axes, strict=True):
+        words = "characters" if store.info.language == "zh" else "words"
         for m, ax in zip("tva", row, strict=True):
             name = f"{title}: {MODALITY_NAMES[m]}" if m == "t" else MODALITY_NAMES[m]
             ax.set_title(name)
             if m not in store.info.modalities:
                 _say(ax, f"no {MODALITY_NAMES[m]}\nin this corpus")
                 continue
-            unit = (
-                ("characters" if store.info.language == "zh" else "words") if m == "t" else "steps"
-            )
+            unit = words if m == "t" else "steps"
             found = {s: lengths(store[s], m) for s in store.splits}
             kept = {s: ~is_placeholder(store[s], m) for s in store.splits}
             _draw_lengths(ax, {s: x[kept[s]] for s, x in found.items() if kept[s].any()}, unit)

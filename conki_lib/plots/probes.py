@@ -58,13 +58,10 @@ def course_figure(view: SplitView, names: Mapping[str, Sequence[str]]) -> Figure
         clocks = np.stack([_clock(view.store.frames(m, row), k) for row in view.rows.tolist()])
         for (group, inside), tone in zip(groups.items(), (-1, 0, 1), strict=True):
             _draw_course(ax, clocks[inside], f"{group}: {inside.sum():,}", tone)
-        label = names.get(m, ())
-        ax.set_title(
-            f"{MODALITY_NAMES[m]}: {label[k] if len(label) else f'feature {k}'}, r = {r[k]:+.2f}"
-        )
+        feature = names[m][k] if m in names else f"feature {k}"
+        ax.set_title(f"{MODALITY_NAMES[m]}: {feature}, r = {r[k]:+.2f}")
         ax.set(xlabel="time in the clip (0 start, 1 end)", ylabel="raw value")
-    handles, labels = axes[0, 0].get_legend_handles_labels()
-    fig.legend(handles, labels, loc="outside upper center", ncols=len(groups))
+    fig.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=3)
     return fig
 
 
@@ -101,23 +98,22 @@ def probe_figure(scores: pd.DataFrame) -> Figure:
         scores: rows of `conki_lib.probes.score_groups` with a column modality (t, v, a).
     """
     groups = list(dict.fromkeys(scores["group"]))
+    places = np.arange(len(groups))
     inputs = [m for m in "tva" if m in set(scores["modality"])]
     fig, axes = plt.subplots(1, 2, figsize=(10, 3.6))
     for ax, metric, scale in zip(axes, ("acc2_non0", "corr"), (100, 1), strict=True):
         for k, m in enumerate(inputs):
             part = scores[scores["modality"] == m].set_index("group").loc[groups]
-            place = np.arange(len(groups)) + 0.22 * (k - (len(inputs) - 1) / 2)
+            place = places + 0.22 * (k - (len(inputs) - 1) / 2)
             mid, low, high = (scale * part[metric + end] for end in ("", "_low", "_high"))
             ax.errorbar(place, mid, np.maximum([mid - low, high - mid], 0),
                         fmt=INPUT_MARKERS[m], ms=8, color=INPUT_COLORS[m], mec=INK, mew=0.6,
                         label=MODALITY_NAMES[m])  # fmt: skip
-        ax.set_xticks(np.arange(len(groups)), [g.replace(" / ", "\n") for g in groups])
+        ax.set_xticks(places, [g.replace(" / ", "\n") for g in groups])
         ax.set_xlim(-0.5, len(groups) - 0.5)
         ax.grid(axis="x", visible=False)
     majority = scores.drop_duplicates("group")["majority"]
-    axes[0].hlines(
-        100 * majority, np.arange(len(groups)) - 0.4, np.arange(len(groups)) + 0.4, color=INK, lw=1
-    )
+    axes[0].hlines(100 * majority, places - 0.4, places + 0.4, color=INK, lw=1)
     axes[0].set(title="Acc-2 non0 (%; line: majority class)", ylim=(25, 100))
     axes[1].axhline(0, color=INK, lw=1)
     axes[1].set(title="correlation (line: 0)", ylim=(-0.5, 1))

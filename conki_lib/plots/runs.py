@@ -194,8 +194,7 @@ def probe_bars(scores: pd.DataFrame) -> Figure:
         ax.spines["bottom"].set_visible(False)
         ax.margins(y=0.15)
         ax.set_ylabel("correlation")
-    handles, names = axes[0, 0].get_legend_handles_labels()
-    fig.legend(handles, names, loc="outside upper center", ncols=3)
+    fig.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=3)
     return fig
 
 
