@@ -36,6 +36,7 @@ from report import facts, machine, publish, published
 
 JOBS, SLOTS = 200, 2
 PLUGINS = ("cluster_generic", "slurm", "slurm_jobstep")
+KUBERNETES = ("snakemake_executor_plugin_kubernetes", "snakemake_storage_plugin_fs")
 QUICK = ["--seconds-between-status-checks", "1", "--latency-wait", "5", "--nocolor"]
 COMMANDS = {
     # the last argument is the job's script, or --wrap=COMMAND
@@ -276,8 +277,8 @@ def dry_run(folder: Path, name: str, config: list[str]) -> int:
 
 def kubernetes(folder: Path) -> str:
     """Whether its dry run passes: pods need a cluster, a plan does not."""
-    if not find_spec("snakemake_executor_plugin_kubernetes"):
-        return "was not tried, since its plugin is not installed"
+    if not all(map(find_spec, KUBERNETES)):
+        return "was not tried, since its plugins are not installed"
     code = dry_run(folder, "kubernetes", ["--config", f"profile={PROFILE}", "rows='w/o C4'"])
     return "passes" if code == 0 else "FAILS"
 

@@ -550,8 +550,9 @@ def test_on_a_cluster_rules_that_train_ask_for_a_gpu(name):
 
 @pytest.mark.parametrize("name", ["slurm", "kubernetes"])
 def test_the_plan_of_a_cluster_can_be_made(tmp_path, name):
-    plugin = f"snakemake_executor_plugin_{name}"
-    pytest.importorskip(plugin, reason=f"{plugin} is not installed")
+    storage = ["snakemake_storage_plugin_fs"] if name == "kubernetes" else []
+    for plugin in (f"snakemake_executor_plugin_{name}", *storage):
+        pytest.importorskip(plugin, reason=f"{plugin} is not installed")
     environment = os.environ | {
         "CONKI_RUNS": str(tmp_path / "runs"), "CONKI_DATA": str(tmp_path / "data")
     }  # fmt: skip
