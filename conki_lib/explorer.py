@@ -113,7 +113,7 @@ class ExplorerState:
         changed = copy(self)
         vars(changed).update(changes)
         if changed.anchor not in changed.rows and "anchor" not in changes:
-            changed.anchor = changed.rows[0]
+            changed.anchor = next(iter(changed.rows), self.anchor)
         changed._settle()
         changed.restart()
         kept = self.angles[: len(changed.y)]

@@ -247,3 +247,12 @@ def test_the_temperature_slider_has_a_step_at_its_start(tau: float) -> None:
     steps = (math.log10(tau) - slider.min) / slider.step
     assert steps == pytest.approx(round(steps), abs=1e-9)
     assert 10**slider.min >= 0.999 * SMALLEST_TAU and slider.value == pytest.approx(tau)
+
+
+def test_an_update_is_taken_whole_or_not_at_all() -> None:
+    state = ExplorerState()
+    before = vars(state).copy()
+    for changes in ({"y": ()}, {"y": (1.0,) * 40}, {"tau": 0.0}, {"y": (1.0, 2.0), "form": "new"}):
+        with pytest.raises(ValueError):
+            state.update(**changes)
+        assert vars(state) == before
