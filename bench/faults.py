@@ -295,7 +295,7 @@ def begun_anew(folder: Path, log: Path, expected: dict) -> dict:
     before = trained(folder)
     # aimed: had one of them ended before its kill, the next would rightly begin once more
     first = attempt(folder, log, Blow("everything", 6, "full"), "--fresh")
-    second = attempt(folder, log, Blow("everything", 6, "variant"), "--fresh")
+    second = attempt(folder, log, Blow("everything", 14, "full"), "--fresh")
     last = attempt(folder, log, None)
     now, third = trained(folder), attempt(folder, log, None)
     found = {
