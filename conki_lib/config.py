@@ -345,7 +345,7 @@ class RunConfig(_Group):
     def for_stage1(self) -> "RunConfig":
         """The same stage 1, with defaults for all that it does not depend on.
 
-        Every row and fold that shares a stage 1 asks for it in the same words.
+        Every row and fold that shares a stage 1 asks for it alike, and its record is the same.
         """
         other = {name for name, (group, _) in _FLAT.items() if group in ("contrast", "stage2")}
         other |= {"variant", "fold", "tuning"}

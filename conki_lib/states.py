@@ -3,21 +3,24 @@
 Stage 1 trains adapters on frozen backbones, so what an adapter reads never changes between
 epochs. A cache holds, for one modality of one split, the pan representation and the plugged-in
 hidden states of every utterance, valid steps only. It is keyed by everything that determines it,
-and shared by all runs that agree.
+the backbone's weights included, and shared by all runs that agree.
 """
 
 import contextlib
 import hashlib
 import json
 import shutil
+import time
 import uuid
+from collections.abc import Iterable
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
-from filelock import FileLock, Timeout
+from filelock import FileLock
 from jaxtyping import Int
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from conki_lib.data import Batch
@@ -26,7 +29,8 @@ from conki_lib.encoders import Encoded
 from conki_lib.model import ConKI
 from conki_lib.records import code_hash, runs_dir
 
-LARGEST = 32 * 2**30  # bytes of all states together; they are shared by all runs
+LARGEST = 32 * 10**9  # bytes of all states together
+KEPT = 24 * 3600  # seconds: states that were opened since may be in use, and make no room
 _GO_ON = "free some space, or set stage1_cache to false, which computes them anew in every epoch"
 
 
@@ -90,44 +94,83 @@ def cached_states(model: ConKI, loader: DataLoader, *, key: dict, modality: str)
     Args:
         model: frozen and in eval mode.
         loader: the split in any order; `Batch.index` says which row is which.
-        key: all that determines the states (data, backbone, seed where it matters, precision).
+        key: all that determines the states, beside the backbone and its weights: data, split,
+            settings, precision.
         modality: one of t, v, a.
 
     Returns:
-        The states, or None where they would be larger than `LARGEST` or than the free space.
-        Where all together would be, those that were read longest ago are removed.
+        The states, or None where all together would be larger than `LARGEST`, or these than the
+        free space, even if those that nobody opened for a day (`KEPT`) are removed.
+
+    Raises:
+        DiskError: the folder of runs is full or read-only.
     """
-    name = hashlib.sha256(json.dumps([key, code_hash()], sort_keys=True).encode()).hexdigest()[:12]
+    known = [key, code_hash(), modality, model.plugged(modality), _digest(model.encoders[modality])]
+    name = hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()[:12]
     folder = runs_dir("cache") / f"{modality}-{name}"
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder.with_name(f"{folder.name}.lock")):
-        if not (folder / "states.json").is_file():
+    with explained("the cache of hidden states", folder.parent, _GO_ON):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder.with_name(f"{folder.name}.lock")):
+            with contextlib.suppress(FileNotFoundError, ValueError, KeyError):  # none, or damaged
+                states = States(folder)
+                (folder / "states.json").touch()
+                return states
             steps = sum(int(batch.lengths[modality].sum()) + len(batch) for batch in loader)
             size = 4 * model.config.d * steps * len(model.plugged(modality))
-            if size > min(LARGEST, 0.8 * shutil.disk_usage(folder.parent).free):
+            if not _make_room(folder.parent, size):
                 print(
                     f"states of {modality}: {size / 1e9:.1f} GB are too many to cache; recomputing"
                 )
                 return None
-            _make_room(folder.parent, size)
             print(f"caching the states of modality {modality}: about {size / 1e6:.0f} MB")
-            with explained("the cache of hidden states", folder.parent, _GO_ON):
-                _write(model, loader, folder, modality)
-        (folder / "states.json").touch()  # read just now
-        return States(folder)
+            _write(model, loader, folder, modality)
+            return States(folder)
 
 
-def _make_room(cache: Path, size: int) -> None:
-    """Remove the states that were read longest ago, until all and new ones of this size fit."""
+def _digest(module: nn.Module) -> str:
+    digest = hashlib.sha256()
+    for name, value in module.state_dict().items():
+        digest.update(name.encode())
+        digest.update(value.cpu().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _make_room(cache: Path, size: int) -> bool:
+    """Remove what nobody opened for `KEPT`, oldest first, until states of this size fit, if they
+    can; what killed processes have left goes the same way."""
     with FileLock(cache / "room.lock"):
-        found = sorted(cache.glob("[tva]-*/states.json"), key=lambda path: path.stat().st_mtime)
-        held = {f: sum(x.stat().st_size for x in f.parent.iterdir()) for f in found}
-        while found and sum(held.values()) + size > LARGEST:
-            oldest = found.pop(0)
-            with contextlib.suppress(Timeout), FileLock(f"{oldest.parent}.lock", timeout=0):
-                oldest.unlink()  # first: without it the rest is no cache
-                shutil.rmtree(oldest.parent)
-                held.pop(oldest)
+        found = {path: _look(path) for path in cache.iterdir() if path.is_dir()}
+        old = [path for path in found if time.time() - found[path].opened > KEPT]
+        old.sort(key=lambda path: found[path].opened)
+        while not (fits := _fits(cache, size, found.values())) and old:
+            _remove(old[0])
+            del found[old.pop(0)]
+    return fits
+
+
+class _Look(NamedTuple):
+    opened: float
+    size: int
+
+
+def _look(folder: Path) -> _Look:
+    """When a folder was last written or opened, and its bytes; one that goes meanwhile is empty."""
+    try:
+        stats = [path.stat() for path in (folder, *folder.iterdir())]
+    except FileNotFoundError:
+        return _Look(time.time(), 0)
+    return _Look(max(s.st_mtime for s in stats), sum(s.st_size for s in stats[1:]))
+
+
+def _fits(cache: Path, size: int, held: Iterable[_Look]) -> bool:
+    enough = size <= 0.8 * shutil.disk_usage(cache).free
+    return enough and sum(look.size for look in held) + size <= LARGEST
+
+
+def _remove(folder: Path) -> None:
+    """Out of the way in one step, so that half of it is never taken for the whole."""
+    with contextlib.suppress(OSError):
+        shutil.rmtree(folder.rename(folder.with_name(f".{uuid.uuid4().hex}")), ignore_errors=True)
 
 
 @torch.no_grad()
@@ -157,6 +200,7 @@ def _write(model: ConKI, loader: DataLoader, folder: Path, modality: str) -> Non
         np.save(aside / "pan.npy", pan)
         np.save(aside / "spans.npy", spans)
         (aside / "states.json").write_text(json.dumps({"layers": list(layers)}))
+        _remove(folder)  # damaged, if there is one
         aside.rename(folder)
     finally:
         shutil.rmtree(aside, ignore_errors=True)

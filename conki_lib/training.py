@@ -191,7 +191,7 @@ def _stage1(config: RunConfig, stores: dict, folder: Path, data: dict[str, str])
     freeze_for_injection(model, train=config.stage1.train)
     loaders = make_loaders(used, external, used.stage1, splits=("train", "valid"))
     readers = {}
-    if config.stage1.cache and config.stage1.train == "adapters":
+    if config.stage1.train == "adapters":
         readers = state_readers(model, used, external, loaders)
     job = Job(
         "stage 1", model, loaders, used.stage1, used.runtime, task_only,
@@ -237,43 +237,42 @@ def _stage2(config: RunConfig, stores: dict, folder: Path, data: dict[str, str])
 def state_readers(
     model: nn.Module, config: RunConfig, store: FeatureStore, loaders: dict[str, DataLoader]
 ) -> dict[str, StateReader]:
-    """Open the cache of a frozen model's hidden states, computing first what is missing.
+    """Open the cache of a model's hidden states, computing first what is missing.
 
     Args:
-        model: frozen, as stage 1 starts; is put in eval mode.
+        model: as stage 1 starts, backbones frozen; is put in eval mode.
         config: resolved, with the model's own modalities.
         store: the corpus.
         loaders: of its splits.
 
     Returns:
-        A reader per split; none where states cannot be cached, which is printed.
+        A reader per split; none where `stage1_cache` is off or states cannot be cached, which is
+        printed.
+
+    Raises:
+        DiskError: the folder of runs is full or read-only.
     """
+    if not config.stage1.cache:
+        return {}
     if config.model.padding != "masked":
         print("padding: released: states depend on their batch's padding; recomputing")
         return {}
     model.eval()
-    device, text = next(model.parameters()).device, config.model.text_backbone
-    weights = backbone_fingerprint(text) if "t" in config.model.modalities else None
-    readers = {}
+    device, readers = next(model.parameters()).device, {}
+    dumped = config.model.model_dump(mode="json", exclude={"modalities", "widths", "text_init"})
     for split, loader in loaders.items():
         found = {}
         for m in config.model.modalities:
-            random = m != "t" or config.model.text_init == "random"
+            unread = ("adapter_", "fusion", "gate") + ("encoder",) * (m == "t")
             key = {
                 "data": config.data.model_dump(mode="json", exclude={"target", "fold"}),
                 "store": store.fingerprint,
                 "split": split,
-                "model": {k: v for k, v in config.model.model_dump(mode="json").items()
-                          if not k.startswith(("adapter_", "fusion", "gate"))
-                          and (k != "widths" or random)  # a random encoder's draws follow them
-                          and (m != "t" or not k.startswith("encoder")) and k != "modalities"},
-                "modalities": config.model.modalities if random else None,
-                "layers": model.plugged(m),
-                "seed": config.runtime.seed if random else None,
+                "model": {k: v for k, v in dumped.items() if not k.startswith(unread)},
+                "tokens": backbone_fingerprint(config.model.text_backbone) if m == "t" else None,
                 "precision": config.runtime.precision,
                 "device": device_name(device),
-                "weights": weights,  # which of them are missing decides what is drawn next
-            }  # fmt: skip
+            }
             with precision(config.runtime.precision, device):
                 found[m] = cached_states(model, loader, key=key, modality=m)
         if any(states is None for states in found.values()):

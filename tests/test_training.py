@@ -162,21 +162,74 @@ def test_cached_states_give_what_the_backbones_give(world, monkeypatch, tmp_path
     assert training.inject_knowledge(world).key == cached.key
 
 
-def test_cached_states_stay_within_their_bound(world, monkeypatch):
-    def held() -> dict[str, int]:
-        found = records.runs_dir("cache").glob("*/states.json")
-        return {p.parent.name: sum(f.stat().st_size for f in p.parent.iterdir()) for p in found}
+def cached_sizes() -> dict[str, int]:
+    found = records.runs_dir("cache").glob("*/states.json")
+    return {p.parent.name: sum(f.stat().st_size for f in p.parent.iterdir()) for p in found}
 
+
+def opened_long_ago() -> None:
+    for path in records.runs_dir("cache").rglob("*"):
+        os.utime(path, (0, 0))
+
+
+def test_cached_states_stay_within_their_bound(world, monkeypatch, capsys):
     training.inject_knowledge(world)
-    first = held()
+    first = cached_sizes()
     text = {name for name in first if name.startswith("t-")}
-    for name in first:
-        os.utime(records.runs_dir("cache") / name / "states.json", (0, 0))
     monkeypatch.setattr(states, "LARGEST", sum(first.values()) + 1000)
     training.inject_knowledge(world.replace(seed=1))  # text is the same, the others are not
-    second = held()
-    assert text and text < set(second), "what was read last stays"
-    assert sum(second.values()) <= states.LARGEST and not set(first) <= set(second)
+    assert "too many to cache" in capsys.readouterr().out
+    assert cached_sizes() == first, "what was opened within a day makes no room"
+    opened_long_ago()
+    for name in text:
+        os.utime(records.runs_dir("cache") / name / "states.json", (1, 1))
+    (left := records.runs_dir("cache") / ".v-killed.1").mkdir()
+    (left / "hidden1.bin").write_bytes(bytes(500))
+    for path in (left / "hidden1.bin", left):
+        os.utime(path, (-1, -1))
+    training.inject_knowledge(world.replace(seed=2))
+    third = cached_sizes()
+    assert text and text < set(third), "what was opened longest ago goes first"
+    assert sum(third.values()) <= states.LARGEST and not set(first) <= set(third)
+    assert not left.exists()
+
+
+def test_a_removal_of_states_that_was_killed_does_no_harm(world, monkeypatch):
+    whole = training.inject_knowledge(world)
+    monkeypatch.setattr(states, "LARGEST", sum(cached_sizes().values()) + 1000)
+    opened_long_ago()
+
+    def killed(*_, **__):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(states.shutil, "rmtree", killed)
+        with pytest.raises(KeyboardInterrupt):
+            training.inject_knowledge(world.replace(seed=1))
+    shutil.rmtree(whole.folder)
+    assert training.inject_knowledge(world) == whole
+
+
+@pytest.mark.parametrize("damage", [lambda f: f.write_text(""), Path.unlink])
+def test_damaged_states_are_computed_anew(world, damage):
+    whole = training.inject_knowledge(world)
+    for path in records.runs_dir("cache").glob("*/states.json"):
+        damage(path)
+    shutil.rmtree(whole.folder)
+    assert training.inject_knowledge(world) == whole
+
+
+def test_cached_states_are_those_of_a_models_own_weights(world, monkeypatch, tmp_path):
+    right = training.inject_knowledge(world)
+    tuned = training.load_model(training.fine_tune(world))
+    monkeypatch.setenv("CONKI_RUNS", str(tmp_path / "other"))
+    config, stores = training.resolve(world)
+    far = stores[world.data.external]
+    loaders = training.make_loaders(config, far, config.stage1, splits=("train", "valid"))
+    assert set(training.state_readers(tuned, config, far, loaders)) == {"train", "valid"}
+    assert training.inject_knowledge(world) == right
+    off = config.replace(stage1_cache=False)
+    assert training.state_readers(tuned, off, far, loaders) == {}
 
 
 def test_who_asks_for_stage_1_leaves_no_trace_in_it(world, monkeypatch, tmp_path):
@@ -321,7 +374,7 @@ def test_states_are_cached_for_the_weights_that_made_them(world, tmp_path):
     first = cached()
     weights = load_file(folder / "model.safetensors")
     save_file({k: v + 0.5 for k, v in weights.items()}, folder / "model.safetensors")
-    assert len(cached()) == 2 * len(first)
+    assert [name[0] for name in cached() - first] == ["t", "t"]  # of both splits
 
 
 def test_weights_of_committed_records_are_asked_for_by_name(world):

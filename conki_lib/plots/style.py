@@ -93,7 +93,7 @@ def panel_grid(
     """A figure of n panels in lines of at most so many columns; the last line may be shorter.
 
     Args:
-        n: number of panels.
+        n: number of panels, at least 1.
         columns: most panels in a line.
         panel: width and height of one, in inches.
         more: width and height of the figure beyond its panels.

@@ -111,7 +111,8 @@ def test_every_figure_has_one_producer():
     for path in NOTEBOOKS:
         for cell in cells(path, "code"):
             for node in ast.walk(ast.parse(re.sub(r"^[%!].*$", "pass", cell.source, flags=re.M))):
-                named = getattr(node.func, "id", "") if isinstance(node, ast.Call) else ""
+                func = node.func if isinstance(node, ast.Call) else None
+                named = getattr(func, "id", getattr(func, "attr", ""))
                 assert named not in ("save_figure", "savefig"), "figures go through figure_keeper"
                 if named == "figure_keeper":
                     assert node.args[1].value == path.stem
