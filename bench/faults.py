@@ -1,6 +1,6 @@
 """Kill the pipeline twenty times at random moments; it must always end in the same records.
 
-    python bench/faults.py                      # half an hour, beside other work
+    python bench/faults.py                      # a quarter of an hour and a bit more
     python bench/faults.py --kills 2 --seed 1   # a short look, nothing kept
 
 A copy of this project in a temporary folder trains a tiny profile: the real Snakefile and
