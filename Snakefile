@@ -132,7 +132,8 @@ def comes_along(seed):
     )
 
 
-RECORDED = STAGES_2 + [path for seed, path in STAGES_1.items() if not comes_along(seed)]
+def recorded(wildcards):
+    return STAGES_2 + [path for seed, path in STAGES_1.items() if not comes_along(seed)]
 
 
 def end_anew():
@@ -229,7 +230,7 @@ use rule variant as full with:  # begins first, or after text-only: others share
 
 rule merge:
     input:
-        RECORDED,
+        recorded,
     output:
         marker("merge"),  # says what the reports are made from
     priority: 3
