@@ -133,6 +133,7 @@ def comes_along(seed):
 
 
 def recorded(wildcards):
+    """What `merge` needs; found out for its own job alone, since that takes time per seed."""
     return STAGES_2 + [path for seed, path in STAGES_1.items() if not comes_along(seed)]
 
 

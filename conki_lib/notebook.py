@@ -161,14 +161,14 @@ def check_parameters(
         name, equals, text = assignment.partition("=")
         if not equals:
             raise ValueError(f"-p {assignment!r}: write -p name=value")
-        values[name] = _checked(Path(notebook).stem, declared, name, text, typed=True)
+        values[name] = _checked(Path(notebook).stem, declared, name, text, from_shell=True)
     return values
 
 
 def _checked(
-    stem: str, declared: Mapping[str, Parameter], name: str, value: Any, *, typed: bool = False
+    stem: str, declared: Mapping[str, Parameter], name: str, value: Any, *, from_shell: bool = False
 ) -> Any:
-    """A value of the type that a notebook declares; what was `typed` in a shell is converted."""
+    """A value of the type that a notebook declares; a text `from_shell` is converted."""
     if name not in declared:
         raise ValueError(
             f"{stem} declares no parameter {name!r}{near_names(name, declared)}: "
@@ -176,7 +176,7 @@ def _checked(
         )
     kind = TypeAdapter(declared[name].type, config={"strict": True, "allow_inf_nan": False})
     try:
-        if not typed:
+        if not from_shell:
             return kind.validate_python(value)
         if value.lower() in ("none", "null"):
             return kind.validate_python(None)
