@@ -402,9 +402,8 @@ def device_of(result: dict) -> str:
 
 
 def committed(name: str) -> list[dict]:
-    """The results that there are, of a CPU and of a GPU."""
-    paths = [RESULTS / f"{name}{ending}.json" for ending in ("", "_cuda")]
-    return [json.loads(path.read_text()) for path in paths if path.exists()]
+    """The results that there are, of CPUs and of a GPU."""
+    return [json.loads(path.read_text()) for path in sorted(RESULTS.glob(f"{name}*.json"))]
 
 
 def gflops(device: torch.device, rounds: int = 7) -> float:

@@ -9,7 +9,7 @@ profile, with the time of every job from Snakemake's log; then `conki train` of 
 mosi-open, whose corpora are fetched before, as the network is not what is measured. Offline,
 CONKI_MIRROR names a folder with the published files; without either, mosi-open is left out. Last, a
 step of stage 2 in bf16 and in fp32, in turns: what `precision: auto` chooses between. Writes
-results/bench/profiles.json, with one measurement for each precision that auto has meant, and
+results/bench/profiles.json, with the last measurement and the seconds of all earlier ones, and
 docs/benchmarks/profiles.md.
 """
 
@@ -34,6 +34,7 @@ from conki_lib.fitting import chosen_precision
 COPIED = ("Snakefile", "profiles", "conki_lib", "notebooks", "configs", "docs", "results")
 ASKED = {"reproduce": 240, "mosi-open": 360}  # seconds, on two cores
 MOSI, CORES = "mosi-open", 2
+TOLD = ("day", "code that determines results", "load before the start")
 
 
 def timed(folder: Path, *words: str, **more: str) -> tuple[float, str]:
@@ -133,39 +134,53 @@ def stages(folder: Path) -> dict[str, float]:
     return found
 
 
-def page(measured: list[dict]) -> str:
+def brief(result: dict) -> dict:
+    """What is kept of a measurement when a later one takes its place."""
+    told = {name: result["machine"][name] for name in TOLD}
+    seconds = {name: result[name]["seconds"] for name in ASKED if name in result}
+    return {**told, "precision": result["precision"], **seconds}
+
+
+def page(last: dict, earlier: list[dict]) -> str:
     """The page of the benchmark; every number in it comes from the results."""
-    return PAGE.format(parts="\n".join(map(part, measured)))
+    lines = [
+        f"| {one['day']} | `{one['code that determines results']}` | {one['precision']} "
+        f"| {one['load before the start']} | " + " | ".join(whole(one.get(n)) for n in ASKED) + " |"
+        for one in [*earlier, brief(last)]
+    ]
+    return PAGE.format(**parts(last), lines="\n".join(lines))
 
 
-def part(result: dict) -> str:
-    """What was measured on one machine."""
-    whole = {name: result[name]["seconds"] for name in ASKED if name in result}
+def whole(seconds: float | None) -> str:
+    """A cell of the table of all measurements."""
+    return "" if seconds is None else f"{seconds:.0f} s"
+
+
+def parts(result: dict) -> dict[str, str]:
+    """What the page says of one measurement."""
     asked = "\n".join(
         f"| {name} | {ASKED[name]} s | {seconds:.0f} s | "
         f"{'met' if seconds <= ASKED[name] else '**missed**'} |"
-        for name, seconds in whole.items()
+        for name, seconds in brief(result).items()
+        if name in ASKED
     )
-    lines = sorted(result.get("reproduce", {}).get("jobs", []), key=lambda job: -job["seconds"])
+    lines = sorted(result["reproduce"]["jobs"], key=lambda job: -job["seconds"])
     spent = sum(job["seconds"] for job in lines)
     shares = [
         f"| {job.get('job') or job['rule']} | {job['seconds']:.0f} | {job['seconds'] / spent:.0%} |"
         for job in lines
         if job["seconds"] >= 1
     ]
-    head = f"| job of `reproduce` | seconds | share of {spent:.0f} s |\n|---|---:|---:|\n"
     stages_of = result.get(MOSI, {}).get("stages", {})
     told = ", ".join(f"{name} {seconds:.0f} s" for name, seconds in sorted(stages_of.items()))
-    step = result.get("step")
-    words = "not measured"
-    if step:
-        words = "{bf16:.2f} s in bf16, {fp32:.2f} s in fp32".format(**step)
-        words += f" ({step['bf16'] / step['fp32']:.1f} to 1, {step['threads']} threads)"
-    return PART.format(
-        facts=facts(result), asked=asked, step=words, told=told or "not measured",
-        cores=result["cores"], precision=result["precision"],
-        shares=head + "\n".join(shares) if shares else "`reproduce`: not measured as it is today.",
-    )  # fmt: skip
+    step = result["step"]
+    words = "{bf16:.2f} s in bf16, {fp32:.2f} s in fp32".format(**step)
+    words += f" ({step['bf16'] / step['fp32']:.1f} to 1, {step['threads']} threads)"
+    return {
+        "facts": facts(result), "asked": asked, "step": words, "told": told or "not measured",
+        "cores": str(result["cores"]), "precision": result["precision"], "spent": f"{spent:.0f}",
+        "shares": "\n".join(shares),
+    }  # fmt: skip
 
 
 PAGE = """# The default profiles, from nothing
@@ -175,15 +190,14 @@ Written by `python bench/profiles.py`; every number below comes from `results/be
 runs: both corpora are generated, three models trained in two stages, all notebooks executed.
 `mosi-open`: `conki train --profile mosi-open`, both stages, corpora fetched before. Seconds of jobs
 are by the clock, from Snakemake's log; jobs run side by side, so they add up to more than the
-whole. Each begins with a new Python process, most with a kernel. As a rule `full` trains stage 1,
-too, w/o C4 waits for that, and notebook 03, the job `stage1`, finds it done. Notebooks 05 and 06
-show kept figure data where these are of runs with equal settings, data and code, as they are on a
-clean checkout; else they measure trained models anew, which takes longer.
-
-{parts}"""
-PART = """## Where `precision: auto` is {precision}
+whole. Each begins with a new Python process, most with a kernel. Notebook 03 is the job `stage1`,
+notebook 04 `full` and `wo-C4`. As a rule `full` trains stage 1, too, `wo-C4` waits for that, and
+notebook 03 finds it done. Notebooks 05 and 06 show kept figure data where these are of runs with
+equal settings, data and code, as they are on a clean checkout; else they measure trained models
+anew, which takes longer.
 
 {facts}
+- `precision: auto` means: {precision}
 
 | what | asked at most | found | |
 |---|---:|---:|---|
@@ -193,7 +207,20 @@ PART = """## Where `precision: auto` is {precision}
 the command, stage 1 included): {told}. A step of stage 2 of `synthetic`:
 {step}.
 
+| job of `reproduce` | seconds | share of {spent} s |
+|---|---:|---:|
 {shares}
+
+## All measurements
+
+In the order of the work. Between those of `reproduce` the default profile became smaller and the
+pipeline better ([BENCHMARKS](../BENCHMARKS.md) says how); what `mosi-open` trains stayed the same.
+The first processor has instructions for bf16, which both took then; the others have none. The rest
+is the machine, which is faster in one hour than in another.
+
+| day | code | auto is | load before | reproduce | mosi-open |
+|---|---|---|---:|---:|---:|
+{lines}
 """
 
 
@@ -206,13 +233,11 @@ def main() -> None:
     if given.steps:
         print(json.dumps(steps()))
         return
-    measured = published("profiles")["measured"]
+    last, earlier = (published("profiles")[name] for name in ("last", "earlier"))
     if not given.page:
-        result = run()
-        others = [one for one in measured if one["precision"] != result["precision"]]
-        measured = sorted([*others, result], key=lambda one: one["precision"])
-    publish("profiles", {"measured": measured}, page(measured))
-    print(page(measured))
+        earlier, last = [*earlier, brief(last)], run()
+    publish("profiles", {"last": last, "earlier": earlier}, page(last, earlier))
+    print(page(last, earlier))
 
 
 if __name__ == "__main__":

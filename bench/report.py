@@ -51,7 +51,7 @@ def publish(name: str, result: dict, page: str, figure: "Figure | None" = None) 
     if figure:
         from conki_lib.plots.style import save_figure
 
-        script = name.removesuffix("_cuda")
+        script = name.removesuffix("_cuda").removesuffix("_fp32")
         save_figure(figure, name, "bench", producer=script, folder=HERE / "docs/benchmarks")
 
 

@@ -2,7 +2,7 @@
 
 `conki_lib.training.fine_tune` runs or loads a row.
 
-Source: paper, section 6; parts of C4, readings, switches and sweeps are this project's additions.
+Source: paper, experiments; parts of C4, readings, switches and sweeps are this project's additions.
 """
 
 import re

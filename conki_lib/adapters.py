@@ -41,7 +41,7 @@ class AdapterModule(nn.Module):
     FC weights start from N(0, adapter_init_std) and biases from 0: a new module passes its input
     on, plus noise of the size adapter_init_std * sqrt(adapter_width), as the stack ends in a norm.
 
-    Source: paper section 2, after K-Adapter (Wang et al. 2021).
+    Source: paper, Encoding with Knowledge Injection, after K-Adapter (Wang et al. 2021).
     Differs: nothing; sizes are settings (released: width 768, 12 heads, feed-forward 3072,
     deviation 0.0002).
     """
@@ -76,7 +76,7 @@ class AdapterChain(Freezable):
     output is pooled: LayerNorm and mean over real steps, or (text, `adapter_text_pooling: pooler`)
     first step, dense, tanh.
 
-    Source: paper section 2; pooling as released.
+    Source: paper, Encoding with Knowledge Injection; pooling as released.
     Differs: padded steps are left out of attention and mean (`padding: released` lets them in).
 
     Args:

@@ -1,12 +1,18 @@
-"""Where corpora lie; one clear error for disks that are full, read-only or over quota."""
+"""Where corpora lie; one clear error for disks that are full, read-only or over quota; folders
+that keep within a bound."""
 
 import errno
 import os
+import shutil
 import tempfile
+import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import NamedTuple
+
+from filelock import FileLock
 
 from conki_lib.config import ROOT
 
@@ -117,3 +123,68 @@ def in_one_step(path: Path) -> Iterator[Path]:
 
 def _lies_in(path: str, folder: Path) -> bool:
     return Path(path).resolve().is_relative_to(folder.resolve())
+
+
+# ---- folders of folders that keep within a bound ------------------------------------------------
+
+
+class _Look(NamedTuple):
+    opened: float  # when it was last written or opened
+    size: int
+    path: Path
+
+
+RESERVED = "reserved"  # as long as what shall be written beside it, though it takes no space
+
+
+def make_room(folder: Path, size: int, *, largest: int, kept: float) -> Path | None:
+    """Make a new folder for so many bytes within a folder of folders that is bounded.
+
+    Until they fit, what was not opened lately is removed, oldest first. To open is to touch a file
+    in there. What killed writers have left goes the same way.
+
+    Args:
+        folder: holds folders.
+        size: bytes that shall be added.
+        largest: bytes of all together.
+        kept: seconds; folders that were opened since may be in use, and stay.
+
+    Returns:
+        The new folder, its name hidden; `RESERVED` in there counts until the writer removes it.
+        None where the bytes do not fit, be it on the disk.
+    """
+    with FileLock(folder / "room.lock"):
+        looks = sorted(_look(path) for path in folder.iterdir() if path.is_dir())
+        held, now = sum(look.size for look in looks), time.time()
+
+        def fits() -> bool:
+            return held + size <= largest and size <= 0.8 * shutil.disk_usage(folder).free
+
+        for look in looks:
+            if fits() or now - look.opened <= kept:
+                break
+            held -= look.size * remove_at_once(look.path)
+        if not fits():
+            return None
+        new = folder / f".{uuid.uuid4().hex}"
+        new.mkdir()
+        (new / RESERVED).touch()
+        with suppress(OSError):  # a file system that has no such files
+            os.truncate(new / RESERVED, size)
+        return new
+
+
+def _look(folder: Path) -> _Look:
+    try:
+        stats = [path.stat() for path in (folder, *folder.iterdir())]
+    except FileNotFoundError:  # it goes meanwhile
+        return _Look(time.time(), 0, folder)
+    return _Look(max(s.st_mtime for s in stats), sum(s.st_size for s in stats[1:]), folder)
+
+
+def remove_at_once(folder: Path) -> bool:
+    """Out of the way in one step, so that half of it is never taken for the whole; was it there?"""
+    with suppress(OSError):
+        shutil.rmtree(folder.rename(folder.with_name(f".{uuid.uuid4().hex}")), ignore_errors=True)
+        return True
+    return False

@@ -4,7 +4,7 @@ All distances are between rows of unit length, since the contrastive loss sees c
 """
 
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import product
 from typing import Any, NamedTuple
 
@@ -20,7 +20,7 @@ from torch import nn
 
 from conki_lib import training
 from conki_lib.data import Batch
-from conki_lib.metrics import mosi_metrics, sims_metrics
+from conki_lib.metrics import metrics_for, mosi_metrics
 from conki_lib.model import build_model, injected_state, load_injected
 from conki_lib.pairs import pair_masks, sentiment_class
 from conki_lib.probes import ridge_probe
@@ -105,11 +105,11 @@ def measure(
     config, stores = training.resolve(record.config)
     store = stores[config.data.target]
     loaders = training.make_loaders(config, store, config.stage2, splits=("train", "test"))
-    sims, numbers, test = tuple(store.info.label_range) == (-1.0, 1.0), {}, None
+    metrics, numbers, test = metrics_for(store.info.label_range), {}, None
     for moment, model in models_along(record):
         if moment in moments:
             train, test = (represent(model, loaders[split]) for split in ("train", "test"))
-            numbers[moment] = separability(train, test, sims=sims)
+            numbers[moment] = separability(train, test, metrics=metrics)
     if test is None:
         raise FileNotFoundError(
             f"no weights of {record.variant!r}, seed {record.seed}, on this machine: train them by "
@@ -121,19 +121,23 @@ def measure(
 # ---- numbers ------------------------------------------------------------------------------------
 
 
-def separability(train: Representations, test: Representations, *, sims: bool = False) -> dict:
+def separability(
+    train: Representations,
+    test: Representations,
+    *,
+    metrics: Callable[..., dict[str, float]] = mosi_metrics,
+) -> dict:
     """Measure what a map of representations suggests, on the test split.
 
     Args:
         train: fits the linear probes, and nothing else.
         test: is measured.
-        sims: labels lie in [-1, 1].
+        metrics: `mosi_metrics`, or `sims_metrics` for labels in [-1, 1].
 
     Returns:
         names; n; silhouette_kind (O against A; nan with one kind); silhouette_class, probe_corr,
         probe_mae (per representation); alignment_P1, alignment_P2, uniformity; cka (K x K).
     """
-    metrics = sims_metrics if sims else mosi_metrics
     found: dict[str, Any] = {"names": list(test.names), "n": len(test.y)}
     rows, K = test.rows(), len(test.names)
     kinds = np.tile([name[0] for name in test.names], len(test.y))

@@ -286,7 +286,7 @@ class TransformerStack(nn.Module):
 class TextEncoder(Freezable):
     """Text backbone: O_t and all hidden states of a BERT.
 
-    Source: paper section 2, ``O_t, H_t = BERT(I_t)``.
+    Source: paper, Encoding with Knowledge Injection, ``O_t, H_t = BERT(I_t)``.
     Differs: O_t is the trained pooler (as in the paper), or the masked mean where the backbone was
     trained so.
 
@@ -356,7 +356,8 @@ class SequenceEncoder(Freezable):
 
     O_m is the mean over real steps, CLS included, of LayerNorm(last layer).
 
-    Source: paper section 2, ``O_m, H_m = Encoder_m(I_m)``, random at first; details as released.
+    Source: paper, Encoding with Knowledge Injection, ``O_m, H_m = Encoder_m(I_m)``, random at
+    first; details as released.
     Differs: the released mean includes padded steps (`padding: released`); each corpus has its own
     projection to d, where the released code maps the external features to the target's widths.
 

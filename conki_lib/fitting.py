@@ -18,7 +18,9 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import (
     DistributedDataParallelKwargs,
+    GradientAccumulationPlugin,
     InitProcessGroupKwargs,
+    broadcast_object_list,
     set_seed,
 )
 from safetensors.torch import load_file, save_file
@@ -31,7 +33,7 @@ from tqdm.auto import tqdm
 from conki_lib.config import Precision, RuntimeConfig, StageConfig, headless
 from conki_lib.data import Batch
 from conki_lib.disk import explained
-from conki_lib.metrics import mosi_metrics, sims_metrics
+from conki_lib.metrics import metrics_for
 from conki_lib.model import Output, parameter_groups
 from conki_lib.states import StateReader
 
@@ -70,10 +72,8 @@ class Job:
 
 
 def measure(table: pd.DataFrame, label_range: tuple[float, float]) -> dict[str, float]:
-    """The field's metrics of a table of predictions: MOSI's, or SIMS's where labels lie in [-1,
-    1]."""
-    metrics = sims_metrics if tuple(label_range) == (-1.0, 1.0) else mosi_metrics
-    return metrics(y_hat=table["y_hat"].to_numpy(), y=table["y"].to_numpy())
+    """The field's metrics of a table of predictions, see `metrics_for`."""
+    return metrics_for(label_range)(y_hat=table["y_hat"].to_numpy(), y=table["y"].to_numpy())
 
 
 @torch.no_grad()
@@ -119,7 +119,7 @@ def fit(job: Job) -> tuple[int, list[dict]]:
         The best epoch (counted from 1) and one row of history per epoch.
 
     Raises:
-        FloatingPointError: a loss is not finite; names epoch and step.
+        FloatingPointError: a loss or the gradient is not finite; names epoch and step.
         DiskError: a checkpoint cannot be written; what was complete is kept.
     """
     plan, runtime = job.plan, job.runtime
@@ -143,14 +143,16 @@ def fit(job: Job) -> tuple[int, list[dict]]:
             **_train_epoch(job, accelerator, forward, optimizer, schedule, epoch),
         }
         row |= {f"valid_{k}": v for k, v in job.score("valid").items()}
-        history.append(row | {"seconds": time.perf_counter() - started})
+        row |= {"seconds": time.perf_counter() - started, "processes": accelerator.num_processes}
+        history += broadcast_object_list([row])  # else processes could choose other epochs
         with explained("the checkpoint", job.folder, _GO_ON):
-            if _best_epoch(history) == epoch and accelerator.is_main_process:
-                _save_weights(job.model, job.folder / "model.safetensors")
+            if _best_epoch(history) == epoch:
+                _save_weights(job)
             _checkpoint(job, accelerator, history)
         _report(job, history)
     if not history:  # zero epochs: the model as it starts
-        _save_weights(job.model, job.folder / "model.safetensors")
+        with explained("the weights", job.folder, _GO_ON):
+            _save_weights(job)
     accelerator.wait_for_everyone()
     job.model.load_state_dict(load_file(job.folder / "model.safetensors"))
     return _best_epoch(history), history
@@ -158,6 +160,9 @@ def fit(job: Job) -> tuple[int, list[dict]]:
 
 def make_accelerator(runtime: RuntimeConfig) -> Accelerator:
     """What knows the device and the other processes; the same for everything that a run does.
+
+    Precision and accumulation are the run's own settings: a file of `accelerate config`, or the
+    environment, must not change what a record does not tell.
 
     Raises:
         ValueError: a GPU is asked for, and there is none.
@@ -168,7 +173,11 @@ def make_accelerator(runtime: RuntimeConfig) -> Accelerator:
         DistributedDataParallelKwargs(find_unused_parameters=True),
         InitProcessGroupKwargs(timeout=_WAITING),
     ]
-    return Accelerator(cpu=runtime.device == "cpu", kwargs_handlers=handlers)
+    return Accelerator(
+        cpu=runtime.device == "cpu", mixed_precision="no", dynamo_backend="no",
+        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
+        kwargs_handlers=handlers,
+    )  # fmt: skip
 
 
 def device_name(device: torch.device) -> str:
@@ -228,17 +237,16 @@ def _train_epoch(job, accelerator, forward, optimizer, schedule, epoch) -> dict[
         n, share = _share(accelerator, batch)
         output = forward([read(part) for part in batch.parts(job.runtime.accumulate)])
         losses = job.criterion(output, batch.y, share)
-        values = _over_processes(accelerator, losses)
-        if not math.isfinite(values["loss"]):
-            raise FloatingPointError(
-                f"loss is {values} in epoch {epoch}, step {step}: lower the learning rates or "
-                f"raise tau; the last good checkpoint is kept in {job.folder}"
-            )
         optimizer.zero_grad()
         accelerator.backward(losses["loss"])
-        if job.plan.clip:
-            trained = [p for p in forward.parameters() if p.requires_grad]
-            values["gradient_norm"] = float(accelerator.clip_grad_norm_(trained, job.plan.clip))
+        trained = [p for p in forward.parameters() if p.requires_grad]
+        norm = accelerator.clip_grad_norm_(trained, job.plan.clip or math.inf)
+        values = _over_processes(accelerator, {**losses, "gradient_norm": norm})
+        if not all(map(math.isfinite, values.values())):
+            raise FloatingPointError(
+                f"not finite: {values} in epoch {epoch}, step {step}: lower the learning rates or "
+                f"raise tau; the last good checkpoint is kept in {job.folder}"
+            )
         optimizer.step()
         schedule.step()
         for k, v in values.items():
@@ -297,7 +305,10 @@ def _resume(job: Job, accelerator: Accelerator) -> list[dict]:
     accelerator.load_state(str(found[-1]))
     history = json.loads((found[-1] / "history.json").read_text())
     if is_main():
-        tqdm.write(f"resuming {job.folder.name} after epoch {len(history)}")
+        before = history[-1]["processes"]
+        other = f", with another number of processes than {before}"
+        other *= before != accelerator.num_processes
+        tqdm.write(f"resuming {job.folder.name} after epoch {len(history)}{other}")
     return history
 
 
@@ -323,10 +334,12 @@ def remove_checkpoints(paths: list[Path] | Path) -> None:
         shutil.rmtree(path, ignore_errors=True)
 
 
-def _save_weights(model: nn.Module, path: Path) -> None:
-    aside = path.with_name(f".{path.name}.new")
-    save_file({k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}, aside)
-    aside.replace(path)
+def _save_weights(job: Job) -> None:
+    """Write the model's weights, in one process alone."""
+    if is_main():
+        aside, state = job.folder / ".model.safetensors.new", job.model.state_dict()
+        save_file({k: v.detach().cpu().contiguous() for k, v in state.items()}, aside)
+        aside.replace(job.folder / "model.safetensors")
 
 
 def is_main() -> bool:

@@ -31,7 +31,7 @@ def task_loss(y_hat: Real[Tensor, " B"], y: Real[Tensor, " B"]) -> Float[Tensor,
     Raises:
         ValueError: the shapes differ, where broadcasting would silently compare all with all.
 
-    Source: section 4.
+    Source: paper, losses.
     Differs: nothing.
     """
     if y_hat.shape != y.shape:
@@ -51,7 +51,7 @@ def log_f(
         q: the rows that they are compared with.
         tau: temperature, above 0; the smaller, the more the nearest pairs count.
 
-    Source: section 4, f(p, q).
+    Source: paper, losses, f(p, q).
     Differs: returns the logarithm; f itself overflows for small tau.
     """
     return (p / lengths(p)) @ (q / lengths(q)).T / tau
@@ -98,7 +98,7 @@ def contrastive_loss(
 
     The closed form (tiled, auto) gives first derivatives only; dense gives second ones too.
 
-    Source: section 4; released form: supervised contrastive loss, Khosla et al. 2020.
+    Source: paper, losses; released form: supervised contrastive loss, Khosla et al. 2020.
     Differs: ordered pairs throughout; symmetric N1 by default.
     """
     y = as_labels(y).to(reps.device)

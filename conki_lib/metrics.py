@@ -4,6 +4,8 @@ All are fractions. Values are taken as float32 before they are compared: a float
 edge of a bin, the same number upcast to float64 lies beyond it.
 """
 
+from collections.abc import Callable, Sequence
+
 import numpy as np
 from jaxtyping import Float, Int
 from numpy.typing import ArrayLike
@@ -15,6 +17,11 @@ SIMS_METRICS = ("mae", "corr", "acc5", "acc3", "acc2", "f1")
 
 # CH-SIMS bins, open left and closed right, between -1 and 1
 SIMS_EDGES = {"acc5": (-0.7, -0.1, 0.1, 0.7), "acc3": (-0.1, 0.1), "acc2": (0.0,)}
+
+
+def metrics_for(label_range: Sequence[float]) -> Callable[..., dict[str, float]]:
+    """Choose the metrics of a corpus: `sims_metrics` for labels in [-1, 1], else `mosi_metrics`."""
+    return sims_metrics if tuple(label_range) == (-1.0, 1.0) else mosi_metrics
 
 
 def mosi_metrics(*, y_hat: ArrayLike, y: ArrayLike) -> dict[str, float]:
@@ -35,7 +42,7 @@ def mosi_metrics(*, y_hat: ArrayLike, y: ArrayLike) -> dict[str, float]:
     Raises:
         ValueError: nothing to score, differing lengths, NaN or infinite values.
 
-    Source: section 6 of the paper; both Acc-2 conventions of the field.
+    Source: paper, experiments; both Acc-2 conventions of the field.
     Differs: nothing.
     """
     p, t = _as_float32(y_hat=y_hat, y=y)
@@ -67,7 +74,7 @@ def sims_metrics(*, y_hat: ArrayLike, y: ArrayLike) -> dict[str, float]:
     Raises:
         ValueError: nothing to score, differing lengths, NaN or infinite values.
 
-    Source: section 6 of the paper; bins of the CH-SIMS benchmark.
+    Source: paper, experiments; bins of the CH-SIMS benchmark.
     Differs: nothing.
     """
     p, t = (np.clip(values, -1, 1) for values in _as_float32(y_hat=y_hat, y=y))

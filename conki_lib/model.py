@@ -34,7 +34,7 @@ class Gate(nn.Module):
 class Fusion(nn.Module):
     """From representations to y^: a fully connected layer per modality, a gate across them, an MLP.
 
-    Source: paper section 2, "Fusion". `fusion: concat` leaves the gate out.
+    Source: paper, intra-modal fusion and fusion network. `fusion: concat` leaves the gate out.
     """
 
     def __init__(self, config: ModelConfig, modalities: tuple[str, ...]) -> None:
@@ -61,7 +61,7 @@ class Fusion(nn.Module):
 class ConKI(Model):
     """Backbones, adapters outside them, fusion; answers y^ and up to six representations.
 
-    Source: paper section 2.
+    Source: paper, the overall structure.
     Differs: padding is masked; any subset of modalities; `pan` or `specific` may be absent.
 
     Attributes:
@@ -159,7 +159,7 @@ def freeze_for_injection(
     What is frozen also stays in evaluation mode. ``train="all"`` freezes nothing: for the controls
     that merely see the external data.
 
-    Source: paper section 5.
+    Source: paper, training.
 
     Returns:
         The table of `parameter_table`.
@@ -186,7 +186,7 @@ def freeze_for_fine_tuning(
 
     Without `pan` nothing reads a backbone above the last plugged-in layer: it is frozen there too.
 
-    Source: paper section 5; frozen adapters as released (`freeze_adapters: false`: the other way).
+    Source: paper, training; frozen adapters as released (`freeze_adapters: false`: the other way).
 
     Args:
         model: with stage 1's state loaded.

@@ -96,7 +96,7 @@ def sentiment_class(y: Labels) -> Int[Tensor, " B"]:
     Raises:
         ValueError: a label is NaN or infinite, its place is named; or y is not (B,).
 
-    Source: section 3, r(.).
+    Source: paper, Hierarchical Contrastive Learning, r(.).
     Differs: nothing; the paper leaves ties open, numpy and torch round them half to even.
     """
     y = as_labels(y)
@@ -132,7 +132,7 @@ def rows_of(y: Labels, reps: Sequence[str] = REPS) -> Rows:
 def relate(p: Rows, q: Rows, *, n1: str = "symmetric", without: Sequence[str] = ()) -> PairMasks:
     """Compare rows p (down) with rows q (across): the block of the four masks that they span.
 
-    Source: section 3; each line below is one set of the paper.
+    Source: paper, Hierarchical Contrastive Learning; each line below is one set of the paper.
     """
     same_kind = p.pan[:, None] == q.pan
     same_sample = p.sample[:, None] == q.sample
@@ -174,7 +174,7 @@ def pair_masks(
     Raises:
         ValueError: an unknown name, reading or set; lists the known ones.
 
-    Source: section 3 and the appendix's 18 x 18 matrix.
+    Source: paper, Hierarchical Contrastive Learning and the appendix's 18 x 18 matrix.
     Differs: symmetric N1 is the default, as the appendix draws it; pairs are ordered throughout.
     """
     check_sets(n1, without)
@@ -206,7 +206,7 @@ def pair_table(
         Sorted by set (P1, P2, N1, N2), then by rows; names such as ``"O_t^1"``, samples count
         from 1.
 
-    Source: section 3.
+    Source: paper, Hierarchical Contrastive Learning.
     Differs: nothing beyond `pair_masks`.
     """
     masks = pair_masks(y, reps, n1=n1, without=without)

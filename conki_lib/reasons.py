@@ -17,7 +17,6 @@ from conki_lib.config import MODALITIES, MODALITY_NAMES, ContrastConfig
 from conki_lib.data import Batch
 from conki_lib.data.store import FeatureStore
 from conki_lib.embedding import MOMENTS, models_along
-from conki_lib.losses import contrastive_loss, task_loss
 from conki_lib.model import freeze_for_fine_tuning, parameter_groups
 from conki_lib.probes import bag_of_words, ridge_predict, word_counter
 from conki_lib.records import Record, config_key
@@ -102,21 +101,15 @@ def gradient_conflict(
     was_training = model.training
     model.eval()
     groups = _shared_parameters(model)
-    names = [(name, p) for part in groups.values() for name, p in part]
+    shared = [p for part in groups.values() for p in part]
+    sizes = [sum(p.numel() for p in part) for part in groups.values()]
+    objective = training.Objective(contrast.model_copy(update={"lam": 1.0}))  # measures both
     lines = []
     for k, batch in enumerate(batches):
-        output = model(batch)
-        task = task_loss(output.y_hat, batch.y)
-        con = contrastive_loss(output.reps, batch.y, output.names, tau=contrast.tau,
-                               form=contrast.form, n1=contrast.n1,
-                               without=contrast.without)  # fmt: skip
-        both = [
-            dict(zip((n for n, _ in names), _gradients(loss, [p for _, p in names]), strict=True))
-            for loss in (task, con)
-        ]
-        for group, part in groups.items():
-            lines.append({"batch": k, "group": group}
-                         | _compare(*both, [n for n, _ in part], contrast.lam))  # fmt: skip
+        losses = objective(model(batch), batch.y)
+        both = (_gradient(losses[x], shared).split(sizes) for x in ("loss_task", "loss_con"))
+        for group, a, b in zip(groups, *both, strict=True):
+            lines.append({"batch": k, "group": group} | _compare(a, b, contrast.lam))
     model.train(was_training)
     return pd.DataFrame(lines)
 
@@ -153,12 +146,12 @@ def conflict_along(record: Record, *, batches: int = 4) -> pd.DataFrame:
     return pd.concat(parts, ignore_index=True)
 
 
-def _gradients(loss: Tensor, parameters: list[nn.Parameter]) -> list[Tensor]:
+def _gradient(loss: Tensor, parameters: list[nn.Parameter]) -> Tensor:
     found = torch.autograd.grad(loss, parameters, retain_graph=True, materialize_grads=True)
-    return list(found)
+    return torch.cat([x.flatten() for x in found]).double()
 
 
-def _shared_parameters(model: nn.Module) -> dict[str, list[tuple[str, nn.Parameter]]]:
+def _shared_parameters(model: nn.Module) -> dict[str, list[nn.Parameter]]:
     """Trained parameters below the representations, by modality and part."""
     found: dict[str, list] = {}
     for part, parameters in parameter_groups(model).items():
@@ -168,12 +161,11 @@ def _shared_parameters(model: nn.Module) -> dict[str, list[tuple[str, nn.Paramet
             if p.requires_grad:
                 kind = "adapter" if part == "adapters" else "backbone"
                 modality = MODALITY_NAMES[name.split(".")[1]]
-                found.setdefault(f"{modality} {kind}", []).append((name, p))
+                found.setdefault(f"{modality} {kind}", []).append(p)
     return found
 
 
-def _compare(task: dict, con: dict, names: list[str], lam: float) -> dict[str, float]:
-    a, b = (torch.cat([grads[n].flatten() for n in names]).double() for grads in (task, con))
+def _compare(a: Tensor, b: Tensor, lam: float) -> dict[str, float]:
     norm_a, norm_b = float(a.norm()), float(b.norm())
     cosine = float(a @ b) / (norm_a * norm_b) if norm_a and norm_b else float("nan")
     return {"cosine": cosine, "ratio": lam * norm_b / norm_a if norm_a else float("nan")}

@@ -10,11 +10,7 @@ import contextlib
 import hashlib
 import json
 import shutil
-import time
-import uuid
-from collections.abc import Iterable
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -24,13 +20,13 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from conki_lib.data import Batch
-from conki_lib.disk import explained
+from conki_lib.disk import RESERVED, explained, make_room, remove_at_once
 from conki_lib.encoders import Encoded
 from conki_lib.model import ConKI
 from conki_lib.records import code_hash, runs_dir
 
 LARGEST = 32 * 10**9  # bytes of all states together
-KEPT = 24 * 3600  # seconds: states that were opened since may be in use, and make no room
+KEPT = 24 * 3600.0  # seconds: states that were opened since may be in use, and make no room
 _GO_ON = "free some space, or set stage1_cache to false, which computes them anew in every epoch"
 
 
@@ -117,13 +113,14 @@ def cached_states(model: ConKI, loader: DataLoader, *, key: dict, modality: str)
                 return states
             steps = sum(int(batch.lengths[modality].sum()) + len(batch) for batch in loader)
             size = 4 * model.config.d * steps * len(model.plugged(modality))
-            if not _make_room(folder.parent, size):
+            aside = make_room(folder.parent, size, largest=LARGEST, kept=KEPT)
+            if aside is None:
                 print(
                     f"states of {modality}: {size / 1e9:.1f} GB are too many to cache; recomputing"
                 )
                 return None
             print(f"caching the states of modality {modality}: about {size / 1e6:.0f} MB")
-            _write(model, loader, folder, modality)
+            _write(model, loader, modality, aside, folder)
             return States(folder)
 
 
@@ -135,48 +132,8 @@ def _digest(module: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def _make_room(cache: Path, size: int) -> bool:
-    """Remove what nobody opened for `KEPT`, oldest first, until states of this size fit, if they
-    can; what killed processes have left goes the same way."""
-    with FileLock(cache / "room.lock"):
-        found = {path: _look(path) for path in cache.iterdir() if path.is_dir()}
-        old = [path for path in found if time.time() - found[path].opened > KEPT]
-        old.sort(key=lambda path: found[path].opened)
-        while not (fits := _fits(cache, size, found.values())) and old:
-            _remove(old[0])
-            del found[old.pop(0)]
-    return fits
-
-
-class _Look(NamedTuple):
-    opened: float
-    size: int
-
-
-def _look(folder: Path) -> _Look:
-    """When a folder was last written or opened, and its bytes; one that goes meanwhile is empty."""
-    try:
-        stats = [path.stat() for path in (folder, *folder.iterdir())]
-    except FileNotFoundError:
-        return _Look(time.time(), 0)
-    return _Look(max(s.st_mtime for s in stats), sum(s.st_size for s in stats[1:]))
-
-
-def _fits(cache: Path, size: int, held: Iterable[_Look]) -> bool:
-    enough = size <= 0.8 * shutil.disk_usage(cache).free
-    return enough and sum(look.size for look in held) + size <= LARGEST
-
-
-def _remove(folder: Path) -> None:
-    """Out of the way in one step, so that half of it is never taken for the whole."""
-    with contextlib.suppress(OSError):
-        shutil.rmtree(folder.rename(folder.with_name(f".{uuid.uuid4().hex}")), ignore_errors=True)
-
-
 @torch.no_grad()
-def _write(model: ConKI, loader: DataLoader, folder: Path, modality: str) -> None:
-    aside = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}")
-    aside.mkdir()
+def _write(model: ConKI, loader: DataLoader, modality: str, aside: Path, folder: Path) -> None:
     layers = model.plugged(modality)
     device = next(model.parameters()).device
     count = len(loader.dataset)
@@ -200,7 +157,8 @@ def _write(model: ConKI, loader: DataLoader, folder: Path, modality: str) -> Non
         np.save(aside / "pan.npy", pan)
         np.save(aside / "spans.npy", spans)
         (aside / "states.json").write_text(json.dumps({"layers": list(layers)}))
-        _remove(folder)  # damaged, if there is one
+        (aside / RESERVED).unlink()
+        remove_at_once(folder)  # damaged, if there is one
         aside.rename(folder)
     finally:
         shutil.rmtree(aside, ignore_errors=True)

@@ -71,7 +71,7 @@ class TiledLoss(torch.autograd.Function):
 class ClosedForm:
     """One batch, its rows ordered: own ones first; O before A, where All tells them apart.
 
-    Source: section 4.
+    Source: paper, losses.
     Differs: nothing; the sums of `contrastive_loss` in another order.
     """
 

@@ -2,7 +2,7 @@
 
 Stage 1 (`inject_knowledge`) trains adapters on the external corpus with frozen backbones; stage 2
 (`fine_tune`) trains the model on the target corpus with L = L_task + lambda L_con. Source: paper,
-section 5.
+training.
 """
 
 import contextlib
@@ -60,7 +60,7 @@ def inject_knowledge(config: RunConfig) -> Record:
         FileNotFoundError: a corpus is missing; says how to get it.
         FloatingPointError: the loss is not finite; the last good checkpoint is kept.
 
-    Source: paper, section 5, stage 1.
+    Source: paper, training, stage 1.
     """
     if config.data.external is None:
         raise ValueError("external is not set: this run has no stage 1; set external to a corpus")
@@ -79,7 +79,7 @@ def fine_tune(config: RunConfig) -> Record:
         ValueError: the target corpus does not hold a wanted modality.
         FloatingPointError: the loss is not finite; the last good checkpoint is kept.
 
-    Source: paper, section 5, stage 2.
+    Source: paper, training, stage 2.
     """
     config, stores = resolve(config)
     return _run_or_load(config, 2, stores, _stage2)
@@ -286,7 +286,7 @@ def _record(config, used, stage, folder, data, metrics, best, history) -> Record
     extra = {
         "finished": time.strftime("%Y-%m-%dT%H:%M:%S"),
         "device": device_name(accelerator.device),
-        "processes": accelerator.num_processes,
+        "processes": max([accelerator.num_processes, *(h.pop("processes") for h in history)]),
         "threads": torch.get_num_threads(),
         "precision": config.runtime.precision,
         "epoch_seconds": [round(h.pop("seconds"), 2) for h in history],
@@ -335,7 +335,7 @@ def task_only(output: Output, y: Tensor, share: float = 1.0) -> dict[str, Tensor
 
 @dataclass
 class Objective:
-    """L = L_task + lambda L_con, of a model's output and the truth. Source: paper, section 4."""
+    """L = L_task + lambda L_con, of a model's output and the truth. Source: paper, losses."""
 
     contrast: ContrastConfig
 

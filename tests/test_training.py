@@ -13,11 +13,12 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from filelock import FileLock, Timeout
 from safetensors.torch import load_file, save_file
 from test_losses import by_loops, random_reps
 
-from conki_lib import fitting, pipeline, records, states, training
+from conki_lib import disk, fitting, pipeline, records, states, training
 from conki_lib.config import ContrastConfig, RunConfig, RuntimeConfig
 from conki_lib.data import open_store
 from conki_lib.model import Output, build_model
@@ -159,7 +160,8 @@ def test_cached_states_give_what_the_backbones_give(world, monkeypatch, tmp_path
         torch.testing.assert_close(a[k], b[k], rtol=1e-3, atol=1e-5)
     monkeypatch.setattr(states, "LARGEST", 1)
     monkeypatch.setenv("CONKI_RUNS", str(tmp_path / "small"))
-    assert training.inject_knowledge(world).key == cached.key
+    c = load_file(training.inject_knowledge(world).model_path)
+    assert not cached_sizes() and all(torch.equal(b[k], c[k]) for k in b)
 
 
 def cached_sizes() -> dict[str, int]:
@@ -194,6 +196,20 @@ def test_cached_states_stay_within_their_bound(world, monkeypatch, capsys):
     assert not left.exists()
 
 
+def test_room_is_given_once(tmp_path, monkeypatch):
+    asked = {"size": 60, "largest": 100, "kept": 9.0}
+    first = disk.make_room(tmp_path, **asked)
+    assert first.parent == tmp_path and disk.make_room(tmp_path, **asked) is None
+    (first / disk.RESERVED).unlink()
+    (first / "states").write_bytes(bytes(90))
+    for path in (first / "states", first):
+        os.utime(path, (0, 0))
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", lambda *_: (_ for _ in ()).throw(PermissionError()))
+        assert disk.make_room(tmp_path, **asked) is None, "what cannot be removed is still there"
+    assert disk.make_room(tmp_path, **asked) and not first.exists()
+
+
 def test_a_removal_of_states_that_was_killed_does_no_harm(world, monkeypatch):
     whole = training.inject_knowledge(world)
     monkeypatch.setattr(states, "LARGEST", sum(cached_sizes().values()) + 1000)
@@ -203,7 +219,7 @@ def test_a_removal_of_states_that_was_killed_does_no_harm(world, monkeypatch):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(states.shutil, "rmtree", killed)
+        patch.setattr(disk.shutil, "rmtree", killed)
         with pytest.raises(KeyboardInterrupt):
             training.inject_knowledge(world.replace(seed=1))
     shutil.rmtree(whole.folder)
@@ -329,6 +345,33 @@ def test_a_loss_that_is_not_finite_stops_and_says_so(world, monkeypatch):
         training.fine_tune(world.replace(external=None))
     kept = list(records.runs_dir("tiny").glob("*/checkpoint-0001"))
     assert len(kept) == 1
+
+
+@pytest.mark.parametrize("clip", [0.0, 1.0])
+def test_a_gradient_that_is_not_finite_stops_and_says_so(world, monkeypatch, clip):
+    real = training.Objective.__call__
+
+    def steep(self, output, y, share=1.0):
+        losses = real(self, output, y, share)
+        return losses | {"loss": losses["loss"] + (0 * output.y_hat.sum()).sqrt()}  # 0, slope inf
+
+    monkeypatch.setattr(training.Objective, "__call__", steep)
+    with pytest.raises(FloatingPointError, match="gradient_norm.*epoch 1, step 1"):
+        training.fine_tune(world.replace(external=None, clip=clip))
+
+
+def test_clip_0_clips_nothing(world):
+    free, wide = (training.fine_tune(world.replace(external=None, clip=c)) for c in (0.0, 1e9))
+    assert free.history == wide.history and free.metrics == wide.metrics
+
+
+def test_an_accelerate_configuration_changes_no_result(world, monkeypatch, tmp_path):
+    usual = training.fine_tune(world)
+    for name, value in (("MIXED_PRECISION", "bf16"), ("GRADIENT_ACCUMULATION_STEPS", "4")):
+        monkeypatch.setenv(f"ACCELERATE_{name}", value)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    monkeypatch.setenv("CONKI_RUNS", str(tmp_path / "configured"))
+    assert training.fine_tune(world) == usual
 
 
 def test_missing_modality_and_corpus_are_named(world, make_tiny_store):
@@ -572,7 +615,12 @@ import torch; torch.set_num_threads(1)
 from conki_lib import fitting, training
 from conki_lib.config import RunConfig
 
-save = fitting._checkpoint
+save, score, rank = fitting._checkpoint, fitting.Job.score, int(os.environ["RANK"])
+
+def score_otherwise(job, split):
+    return {k: -v if rank else v for k, v in score(job, split).items()}
+
+fitting.Job.score = score_otherwise  # whatever the second finds, the first decides
 
 def save_and_die(*given):
     save(*given)
@@ -588,19 +636,21 @@ training.fine_tune(RunConfig(**json.loads(sys.argv[1])))
 def test_two_processes_killed_and_started_again_give_what_one_gives(
     still, padding, tmp_path, monkeypatch
 ):
-    still = still.replace(padding=padding)
+    still = still.replace(padding=padding, patience=1)
     alone = training.fine_tune(still)
     runs, script = tmp_path / "two", tmp_path / "job.py"
     script.write_text(TWO_PROCESSES)
     env = os.environ | {"CONKI_RUNS": str(runs), "CONKI_HEADLESS": "1"}
 
     def launch(*words: str) -> subprocess.CompletedProcess:
-        # without a GPU, processes of --multi_gpu compute on the CPU, and no MPI is needed
+        # without a GPU, processes of --multi_gpu compute on the CPU, and no MPI is needed; the
+        # precision is that of a user's `accelerate config`, which must not matter
         command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu",
-                   "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no",
+                   "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "bf16",
                    "--dynamo_backend", "no", "--main_process_port", "0", str(script)]  # fmt: skip
         return subprocess.run([*command, json.dumps(still.flat()), *words], env=env,
-                              capture_output=True, text=True, check=False)  # fmt: skip
+                              capture_output=True, text=True, check=False,
+                              timeout=300)  # fmt: skip
 
     done = launch("dies")
     assert done.returncode != 0 and list(runs.glob("tiny/stage1-*/checkpoint-*"))

@@ -233,8 +233,12 @@ def _draw_ranges(ax: Axes, rows: pd.DataFrame, color: str) -> None:
     ax.vlines(rows["feature"], rows["min"], rows["max"], color=MUTED, lw=0.8)
     ax.vlines(rows["feature"], rows["q01"], rows["q99"], color=color, lw=3)
     ax.plot(rows["feature"], rows["median"], ".", color=INK, ms=5)
-    ax.set_yscale("symlog", linthresh=1)
-    ax.set(xlabel="feature", ylabel="value (symlog)", xlim=(-1, len(rows)))
+    narrow = rows[["min", "max"]].abs().max(axis=None) < 20
+    ax.set_yscale("symlog", linthresh=1, subs=[2, 5] if narrow else None)
+    for axis in (ax.yaxis.set_major_formatter, ax.yaxis.set_minor_formatter):
+        axis("{x:g}")
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+    ax.set(xlabel="feature", ylabel="value (symlog)", xlim=(-0.5, len(rows) - 0.5))
     ax.grid(axis="x", visible=False)
 
 

@@ -82,7 +82,7 @@ def conflict_figure(gradients: pd.DataFrame) -> Figure:
         xlabel=r"$\lambda|\nabla L_{\mathrm{con}}|\,/\,|\nabla L_{\mathrm{task}}|$",
     )
     for axis in (axes[1].xaxis.set_major_formatter, axes[1].xaxis.set_minor_formatter):
-        axis(FuncFormatter(lambda x, _: f"{x:g}" if f"{x:e}"[0] in "125" else ""))
+        axis(FuncFormatter(lambda x, _: f"{x:g}" if f"{x:e}"[0] in "13" else ""))
     axes[1].tick_params(axis="x", which="both", length=0, pad=4, labelsize=9)
     axes[0].set_yticks(range(len(groups)), groups)
     axes[0].set_ylim(len(groups) - 0.5, -0.5)
