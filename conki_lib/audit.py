@@ -369,8 +369,10 @@ def page(root: Path = ROOT) -> str:
         "the measured effects; edit those, not this page. What paper and released code do is "
         "stated as facts, and what is inferred says so; nothing of the released code is copied. "
         "Toys are measured in seconds on random numbers; effects on training come from run "
-        "records, as the paired difference to "
-        "`full` with a 95 % interval over videos and seeds. No record, no number.", "",
+        "records: the difference to `full`, paired, with a 95 % interval over videos and seeds; an "
+        "MAE above 0 is worse, n counts seeds, Holm p is corrected over the profile's main rows, "
+        "sweeps or switches. `mosi-open` is CMU-MOSI, `mmmo-open` ICT-MMMO; rows are explained "
+        "[below each table](../results/mosi-open/tables/main.md). No record, no number.", "",
         "| point | paper | released code | here | setting | measured effect |",
         "|---|---|---|---|---|---|",
     ]  # fmt: skip
