@@ -591,7 +591,7 @@ def take_turns(bench: Bench, names: list[str]) -> dict[str, dict[str, list[float
             if not turn and variant.batches == "padded" and not GPU:
                 batches = bench.batches["bucketed"][:1]  # else as long as all others together
             with bench.prepared(variant):
-                for _ in range(2 * (not turn and name in COMPILED)):  # it compiles more than once
+                if name in COMPILED:  # it compiles again after any other variant's switch
                     seconds_of(bench, variant, batches)
                 clock, cpu = seconds_of(bench, variant, batches)
             print(f"round {turn}  {name:<12} {clock:8.3f} s", flush=True)
