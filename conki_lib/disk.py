@@ -151,7 +151,7 @@ def make_room(folder: Path, size: int, *, largest: int, kept: float) -> Path | N
 
     Returns:
         The new folder, its name hidden; `RESERVED` in there counts until the writer removes it.
-        None where the bytes do not fit, be it on the disk.
+        None where the bytes do not fit, be it within the bound or on the disk.
     """
     with FileLock(folder / "room.lock"):
         looks = sorted(_look(path) for path in folder.iterdir() if path.is_dir())
