@@ -10,6 +10,7 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.colors import TwoSlopeNorm
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.patheffects import withStroke
 
 from conki_lib.embedding import MOMENTS, SETTINGS
 from conki_lib.plots.runs import run_look
@@ -59,6 +60,11 @@ def _draw_map(ax: Axes, part: pd.DataFrame, color: str, limit: float, size: floa
         else:
             look["color"] = REP_COLORS[name]
         ax.scatter(rows["x1"], rows["x2"], **look)
+        if color == "sentiment":  # which cloud this is, at the point nearest to its middle
+            xy = rows[["x1", "x2"]]
+            place = xy.loc[(xy - xy.median()).pow(2).sum(axis=1).idxmin()]
+            ax.annotate(rep_label(name), place, fontsize=11, ha="center", va="center",
+                        path_effects=[withStroke(linewidth=3, foreground="white")])  # fmt: skip
     ax.set(xticks=[], yticks=[])
     for side in ax.spines.values():
         side.set_visible(True)
