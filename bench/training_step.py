@@ -419,8 +419,9 @@ class Bench:
             "bucketed": list(loader(0)),
         }
         self.valid = float(np.mean([real_share(batch, self.longest) for batch in kinds["random"]]))
-        return {
-            kind: [b.to(DEVICE) for b in sorted(found, key=area)] for kind, found in kinds.items()
+        return {  # labels stay on the CPU, as in `fit`
+            kind: [replace(b.to(DEVICE), y=b.y) for b in sorted(found, key=area)]
+            for kind, found in kinds.items()
         }
 
     def chosen(self, kind: str) -> list[Batch]:
@@ -485,7 +486,7 @@ class Bench:
         y_hat, reps = self.plain(inputs, masks)
         c = self.config.contrast
         if variant.loss == "loop":
-            return task_loss(y_hat, batch.y) + c.lam * plain_loss(reps, batch.y, c.tau)
+            return task_loss(y_hat, batch.y) + c.lam * plain_loss(reps, batch.y.to(DEVICE), c.tau)
         return task_loss(y_hat, batch.y) + c.lam * contrastive_loss(reps, batch.y, tau=c.tau)
 
     def tokenised(self, batch: Batch) -> Tensor:

@@ -1,5 +1,6 @@
 """Rows as data; which records stand behind a table; reasons: errors, gradients, corpora."""
 
+import subprocess
 from dataclasses import replace
 
 import numpy as np
@@ -261,3 +262,38 @@ def test_external_distance_of_a_corpus_to_itself_and_without_text(make_tiny_stor
                                                     found["words of external"])  # fmt: skip
     assert found["corpora told apart"] <= 0.6
     assert np.isclose(found["label mean, target"], store["train"].y.mean())
+
+
+def test_what_readme_says_in_short_is_what_the_records_say():
+    git = ["git", "-C", str(ROOT), "status", "--porcelain", "results"]
+    changed = subprocess.run(git, capture_output=True, text=True)
+    if changed.returncode or changed.stdout:
+        pytest.skip("README speaks of the committed results; here are others")
+    said = " ".join((ROOT / "README.md").read_text().split("In short,")[1].split())
+    tables, ranks, last = {}, {}, []
+    for profile in ("mosi-open", "mmmo-open", "synthetic"):
+        table = pd.read_csv(ROOT / f"results/{profile}/tables/differences.csv", index_col="row")
+        numbers = table["MAE"].str.findall(r"[+-]\d+\.\d+").tolist()
+        table[["gap", "low", "high"]] = np.array(numbers, float)
+        tables[profile] = table
+        runs = ablation.runs_of(profile)
+        mae = pd.DataFrame([(r.variant, r.metrics["valid"]["mae"]) for r in runs])
+        ranks[profile] = mae.groupby(0)[1].mean().rank()
+        last = [r.best_epoch == r.settings["epochs"] for r in runs]
+    widths = {}
+    for profile, table in tables.items():
+        contrast = table.loc[["w/o C4", "w/o N1"]]
+        assert (contrast["p (MAE)"].astype(float) > 0.05).all()
+        widths[profile] = ((contrast["high"] - contrast["low"]) / 2).round(2)
+    assert (widths.pop("mosi-open") == 0.02).all() and "about .02 on CMU-MOSI" in said
+    others = np.concatenate(list(widths.values()))
+    assert f"below {others.min():.2f} to {others.max():.2f} on".replace("0.", ".") in said
+    mmmo = tables["mmmo-open"]
+    controls = mmmo.loc["late fusion":"LMF + external"]
+    assert (mmmo["gap"] > 0).all() and (controls["low"] > 0).all()
+    assert (controls["p Holm (MAE)"].astype(float) > 0.05).all()
+    assert f"only {ranks['mmmo-open']['full']:.0f}th of {len(ranks['mmmo-open'])} rows" in said
+    text = tables["mosi-open"].loc["text-only + external"]
+    p, holm = (f"{float(text[c]):.3f}".lstrip("0") for c in ("p (MAE)", "p Holm (MAE)"))
+    assert text["gap"] < 0 and f"(p {p}; {holm[:3]} after correction" in said
+    assert f"In {sum(last)} of {len(last)} runs" in said  # of synthetic
