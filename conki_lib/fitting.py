@@ -233,10 +233,10 @@ def _train_epoch(job, accelerator, forward, optimizer, schedule, epoch) -> dict[
     sums: dict[str, float] = {}
     seen = 0
     for step, batch in enumerate(_bar(loader, f"{job.title} epoch {epoch}"), start=1):
-        batch = batch.to(accelerator.device)
         n, share = _share(accelerator, batch)
-        output = forward([read(part) for part in batch.parts(job.runtime.accumulate)])
-        losses = job.criterion(output, batch.y, share)
+        there = batch.to(accelerator.device, non_blocking=True)
+        output = forward([read(part) for part in there.parts(job.runtime.accumulate)])
+        losses = job.criterion(output, batch.y, share)  # labels not there: see `contrastive_loss`
         optimizer.zero_grad()
         accelerator.backward(losses["loss"])
         trained = [p for p in forward.parameters() if p.requires_grad]
@@ -306,9 +306,8 @@ def _resume(job: Job, accelerator: Accelerator) -> list[dict]:
     history = json.loads((found[-1] / "history.json").read_text())
     if is_main():
         before = history[-1]["processes"]
-        other = f", with another number of processes than {before}"
-        other *= before != accelerator.num_processes
-        tqdm.write(f"resuming {job.folder.name} after epoch {len(history)}{other}")
+        processes = "" if before == accelerator.num_processes else f", then by {before} processes"
+        tqdm.write(f"resuming {job.folder.name} after epoch {len(history)}{processes}")
     return history
 
 

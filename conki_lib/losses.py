@@ -26,7 +26,7 @@ def task_loss(y_hat: Real[Tensor, " B"], y: Real[Tensor, " B"]) -> Float[Tensor,
 
     Args:
         y_hat: predictions.
-        y: labels.
+        y: labels, which may be on the CPU.
 
     Raises:
         ValueError: the shapes differ, where broadcasting would silently compare all with all.
@@ -36,6 +36,7 @@ def task_loss(y_hat: Real[Tensor, " B"], y: Real[Tensor, " B"]) -> Float[Tensor,
     """
     if y_hat.shape != y.shape:
         raise ValueError(f"y_hat {tuple(y_hat.shape)} and y {tuple(y.shape)} must match")
+    y = y.to(y_hat.device, non_blocking=True)
     return (_at_least_fp32(y_hat) - y).square().mean()
 
 
@@ -77,7 +78,7 @@ def contrastive_loss(
 
     Args:
         reps: representations, not necessarily normalised; half precision is computed in fp32.
-        y: labels of the samples.
+        y: labels of the samples; on the CPU, they spare a GPU from being waited for.
         names: which representation stands at each place of axis K; any subset of `REPS`.
         tau: temperature, 0.0015 or more.
         form: "released" or "paper".
@@ -101,13 +102,14 @@ def contrastive_loss(
     Source: paper, losses; released form: supervised contrastive loss, Khosla et al. 2020.
     Differs: ordered pairs throughout; symmetric N1 by default.
     """
-    y = as_labels(y).to(reps.device)
+    y = as_labels(y)
     _check(reps, y, names, tau, form, method)
     check_sets(n1, without)
     gather = gather and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
     with torch.autocast(reps.device.type, enabled=False), full_products(reps.device):
         reps = _at_least_fp32(reps)
         if method == "dense":
+            y = y.to(reps.device)
             reps, y = _union(reps, y) if gather else (reps, y)
             return dense_loss(reps, y, names, tau=tau, form=form, n1=n1, without=without)
         problem = ClosedForm(

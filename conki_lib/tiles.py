@@ -26,7 +26,7 @@ import torch.distributed as dist
 from jaxtyping import Float
 from torch import Tensor
 
-from conki_lib.pairs import relate, rows_of
+from conki_lib.pairs import Rows, relate, rows_of
 
 TILE = 768  # rows of a tile, at most: a CPU's caches want small ones
 GPU_TILE = 4096  # to start a small product takes a GPU longer than the product
@@ -49,6 +49,14 @@ class Tile(NamedTuple):
     down: bool  # All holds (p, q)
     up: bool  # All holds (q, p)
     mirror: bool  # serves the rows of q too: the plan does not list (q, p)
+
+
+class Grouping(NamedTuple):
+    """One grouping of the rows, signed: it adds its pairs, or takes them away."""
+
+    group: Tensor  # of every row
+    sums: Tensor  # of the z of each group, signed
+    n: Tensor  # rows in the group of each own row, signed
 
 
 class TiledLoss(torch.autograd.Function):
@@ -89,20 +97,22 @@ class ClosedForm:
     ):
         flat, self.shape, self.own = reps.detach().flatten(0, 1), reps.shape, reps[..., 0].numel()
         if gather:
-            flat, y = torch.cat([flat, others(flat)]), torch.cat([y, others(y)])
+            flat = torch.cat([flat, others(flat)])
+            y = torch.cat([y, others(y.to(flat.device)).to(y.device)])
         self.tau, self.form, self.n1, self.without, self.gather = tau, form, n1, without, gather
         self.tile = GPU_TILE if flat.is_cuda else TILE
         self.mixed = n1 == "symmetric" and not without
-        self.rows, self.order = rows_of(y, names), None
+        rows, self.order = rows_of(y.cpu(), names), None
         if not self.mixed:
-            foreign = self.rows.row >= self.own
-            self.order = (2 * foreign + ~self.rows.pan).sort(stable=True).indices
-            self.rows, flat = self.rows.at(self.order), flat[self.order]
+            order = (2 * (rows.row >= self.own) + ~rows.pan).sort(stable=True).indices
+            rows, self.order = rows.at(order), _beside(flat, order)
+            flat = flat[self.order]
+        self.rows = Rows(*(_beside(flat, entry) for entry in rows))
         self.length = torch.cat([lengths(part) for part in flat.split(self.tile)])
         self.z = flat / self.length if self.mixed else flat.div_(self.length)
         self.wide = torch.float64 if 1 / tau > FP32_REACH else self.z.dtype
         self.plan = list(self._plan(list(self._blocks(names, len(y)))))
-        self.groups = list(self._groups())
+        self.groups = list(self._groups(rows))
 
     def _blocks(self, names: Sequence[str], n_samples: int) -> Iterator[Block]:
         """Cut the ordered rows into blocks of at most `tile` rows."""
@@ -124,31 +134,30 @@ class ClosedForm:
                     both = self.n1 == "symmetric"
                     yield Tile(p, q, both or p.pan, both or q.pan, q.own)
 
-    def _groups(self) -> Iterator[tuple[int, Tensor, Tensor]]:
+    def _groups(self, rows: Rows) -> Iterator[Grouping]:
         """Write P1 u P2 as groups of rows of one kind, added or taken away, but for the row itself.
 
         P1 is what lies between a row and its sample, P2 between its sample and its class.
-
-        Returns:
-            Of each grouping its sign, the group of every row, and the groups' signed sums of z.
         """
         P1, P2 = "P1" not in self.without, "P2" not in self.without
         if P2:
-            labels, label = self.rows.label.unique(return_inverse=True)
-            yield self._grouped(1, label, len(labels))
+            yield self._grouped(1, rows.label.unique(return_inverse=True)[1], rows.pan)
         if P1 != P2:
-            yield self._grouped(1 if P1 else -1, self.rows.sample, len(self.z) // self.shape[1])
+            yield self._grouped(1 if P1 else -1, rows.sample, rows.pan)
 
-    def _grouped(self, sign: int, of: Tensor, n: int) -> tuple[int, Tensor, Tensor]:
-        group, sums = 2 * of + self.rows.pan, self.z.new_zeros(2 * n, self.z.shape[1])
-        return sign, group, sums.index_add_(0, group, self.z, alpha=sign)
+    def _grouped(self, sign: int, of: Tensor, pan: Tensor) -> Grouping:
+        group = 2 * of + pan
+        size = group.bincount()
+        sums = self.z.new_zeros(len(size), self.z.shape[1])
+        n, group = (_beside(self.z, x) for x in (sign * size[group[: self.own]], group))
+        return Grouping(group, sums.index_add_(0, group, self.z, alpha=sign), n)
 
     def pull(self, part: slice) -> Tensor:
         """Add up the unit vectors of the positives of some rows; P1 brings the row itself in."""
-        (_, group, sums), *more = self.groups
-        total = sums.index_select(0, group[part])
-        for _, group, sums in more:
-            total += sums.index_select(0, group[part])
+        first, *more = self.groups
+        total = first.sums.index_select(0, first.group[part])
+        for grouping in more:
+            total += grouping.sums.index_select(0, grouping.group[part])
         return total
 
     def scores(self, t: Tile) -> Tensor:
@@ -201,8 +210,8 @@ class ClosedForm:
         T, n = self.z.new_zeros(2, self.own, dtype=torch.float64)
         for part in self._own_parts() if self.groups else ():
             T[part] = torch.linalg.vecdot(self.z[part], self.pull(part))
-        for sign, group, _ in self.groups:
-            n += sign * group.bincount()[group[: self.own]]
+        for grouping in self.groups:
+            n += grouping.n
         if "P1" not in self.without:  # less the row itself, whose length is 1, or 0
             T -= self.length[: self.own, 0].isfinite().double()
             n -= 1
@@ -271,6 +280,11 @@ class ClosedForm:
             return x
         out = torch.empty_like(x) if out is None else out
         return out.index_copy_(0, self.order[: self.own], x)
+
+
+def _beside(there: Tensor, x: Tensor) -> Tensor:
+    """Send what labels decide from the CPU, where it is found: a GPU would be waited for."""
+    return x.to(there.device, non_blocking=True)
 
 
 def lengths(x: Float[Tensor, "*rows d"]) -> Float[Tensor, "*rows 1"]:

@@ -290,6 +290,18 @@ def test_auto_keeps_similarities_only_under_the_cap(monkeypatch, cap, computed):
     assert len(calls) == computed
 
 
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("n1", ["symmetric", "literal"])
+@pytest.mark.parametrize("without", [(), ("N1",), ("P1",), ("P2",), ("P1", "P2")])
+def test_a_device_is_never_asked_for_its_numbers(form, n1, without):
+    """The meta device has none: whatever would wait for a GPU's answer is an error there."""
+    reps, y = torch.empty(9, 6, 7, device="meta"), torch.linspace(-3, 3, 9)
+    options = {"tau": 0.07, "form": form, "n1": n1, "without": without, "gather": False}
+    loss, gradient = tiles.ClosedForm(reps, y, REPS, **options).solve()
+    assert loss.is_meta and gradient.is_meta and gradient.shape == reps.shape
+    assert task_loss(reps[:, 0, 0], y).is_meta
+
+
 def test_log_f_is_cosine_over_temperature():
     p, q = torch.tensor([[2.0, 0.0]]), torch.tensor([[0.0, 3.0], [1.0, 1.0], [0.0, 0.0]])
     assert torch.allclose(log_f(p, q, tau=0.5), torch.tensor([[0.0, math.sqrt(2), 0.0]]))
