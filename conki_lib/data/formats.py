@@ -4,7 +4,6 @@ import hashlib
 import os
 import warnings
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,58 +24,54 @@ from conki_lib.data.store import INFO, open_store, write_store
 _READABLE = {"mmsa": "an MMSA pickle", "csd": "a folder of .csd files"}
 
 
-@dataclass(frozen=True)
-class Recognised:
-    """What stands at a path. `problem` is empty for what `convert` reads: ``mmsa`` and ``csd``."""
-
-    path: Path
-    kind: str
-    problem: str = ""
-    content: Any = field(default=None, repr=False)
-
-    def __str__(self) -> str:
-        return self.problem or f"{self.path} is {_READABLE[self.kind]}"
-
-
-def recognise(path: str | Path, scratch: Path | None = None) -> Recognised:
-    """Say what a file or folder is, by its first and last bytes; of a pickle no array is read.
+def recognise(
+    path: str | Path,
+    scratch: Path | None = None,
+    *,
+    folds: Mapping[str, Any] | str | Path | None = None,
+    roles: Mapping[str, str] | None = None,
+) -> RawCorpus:
+    """Describe the corpus at a path, told by first and last bytes; no array is read.
 
     Args:
-        path: any file or folder.
+        path: an MMSA pickle, or a folder of ``.csd`` files.
         scratch: see `read_pickle`.
+        folds: see `convert`.
+        roles: see `convert`.
 
     Raises:
         FileNotFoundError: there is nothing.
+        BadFile: it is neither; says what it is and the way out.
     """
     path = Path(path)
-    if not (path.is_dir() or path.is_file()):
+    if path.is_dir():
+        return _folder(path, folds, roles)
+    if not path.is_file():
         raise FileNotFoundError(f"{path}: there is no such file or folder; check the path")
-    try:
-        return _folder(path) if path.is_dir() else _file(path, scratch)
-    except BadFile as error:
-        return Recognised(path, "unreadable", str(error))
+    raw = _file(path, scratch)
+    if folds is not None or roles is not None:
+        raise ValueError(f"{path}: folds and roles are for .csd files, its splits stand in it")
+    return raw
 
 
-def _folder(path: Path) -> Recognised:
+def _folder(path: Path, folds: Any, roles: Mapping[str, str] | None) -> RawCorpus:
     if (path / INFO).is_file():
-        way_out = "open it with open_store; nothing is to be converted"
-        return Recognised(path, "store", f"{path} is a store already: {way_out}")
+        raise BadFile(f"{path} is a store already: open it with open_store")
     if any(path.glob("*.csd")):
-        return Recognised(path, "csd")
+        return read_csd(path, folds=folds, roles=roles)
     raise BadFile(
         f"{path} is a folder without .csd files: give an MMSA pickle, or a folder with .csd files "
         "(labels, words, features)"
     )
 
 
-def _file(path: Path, scratch: Path | None) -> Recognised:
+def _file(path: Path, scratch: Path | None) -> RawCorpus:
     refuse_damaged(path)
     with path.open("rb") as file:
         head = file.read(8)
     if head.startswith(b"\x89HDF\r\n\x1a\n"):
         CsdFile(path)
-        way_out = f"give its folder, {path.parent}"
-        return Recognised(path, "csd file", f"{path} is a single .csd file: {way_out}")
+        raise BadFile(f"{path} is a single .csd file: give its folder, {path.parent}")
     if head[:1] not in b"\x80(}]c":
         raise BadFile(
             f"{path} is no known format (first bytes {head!r}): MMSA pickles and folders of .csd "
@@ -84,30 +79,12 @@ def _file(path: Path, scratch: Path | None) -> Recognised:
         )
     content = read_pickle(path, scratch)
     if is_mmsa(content):
-        return Recognised(path, "mmsa", content=content)
+        return read_mmsa(path, content)
     keys = f" with {', '.join(map(str, list(content)[:6]))}" if isinstance(content, dict) else ""
     raise BadFile(
         f"{path} is a foreign pickle: a {type(content).__name__}{keys}: a dict of train, valid and "
         "test is needed, each a dict with regression_labels, id, raw_text, vision, audio"
     )
-
-
-def _described(
-    found: Recognised,
-    format: str | None = None,
-    folds: Mapping[str, Any] | str | Path | None = None,
-    roles: Mapping[str, str] | None = None,
-) -> RawCorpus:
-    """The corpus in recognised files, or what is wrong with them; see `convert`."""
-    if found.problem:
-        raise BadFile(found.problem)
-    if format not in (None, found.kind):
-        raise BadFile(f"{found}, not of the format {format!r}: leave out format")
-    if found.kind == "csd":
-        return read_csd(found.path, folds=folds, roles=roles)
-    if folds is not None or roles is not None:
-        raise ValueError(f"{found}: folds and roles are for .csd files, its splits stand in it")
-    return read_mmsa(found.path, found.content)
 
 
 def convert(
@@ -154,7 +131,10 @@ def convert(
         raise FileExistsError(f"{destination} exists already: remove it, or choose another name")
     if format not in (None, *_READABLE):
         raise ValueError(f"format={format!r}: 'mmsa' and 'csd' are known; leave it out to guess")
-    raw = _described(recognise(source, scratch), format, folds, roles)
+    raw = recognise(source, scratch, folds=folds, roles=roles)
+    if format not in (None, raw.format):
+        what = _READABLE[raw.format]
+        raise BadFile(f"{source} is {what}, not of the format {format!r}: leave out format")
     if number_duplicates:
         raw.number_duplicates()
     total = sum(path.stat().st_size for path in raw.files) + sum(raw.nbytes.values())
@@ -190,12 +170,10 @@ def inspect_path(path: str | Path) -> Inspection:
     Raises:
         BadFile: it is none of these; says what it is.
     """
-    beside = Path(path).absolute().parent  # temporary files of many GB may be needed
-    scratch = beside if os.access(beside, os.W_OK) else None
-    found = recognise(path, scratch)
-    if found.kind == "store":
+    if (Path(path) / INFO).is_file():
         return inspect_store(open_store(path))
-    raw = _described(found)
+    beside = Path(path).absolute().parent  # temporary files of many GB may be needed
+    raw = recognise(path, beside if os.access(beside, os.W_OK) else None)
     if raw.format == "mmsa":
         with tqdm(total=raw.path.stat().st_size, unit="B", unit_scale=True, desc="checksum") as bar:
             raw.notes |= _release_note(raw, _hashed(raw.path, bar)["sha256"])
