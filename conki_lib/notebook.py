@@ -7,7 +7,7 @@ import sys
 import textwrap
 import uuid
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
 from tempfile import TemporaryDirectory, gettempdir
@@ -37,12 +37,10 @@ class NotebookError(RuntimeError):
 
 
 class Parameter(NamedTuple):
-    """One line of a parameters cell: ``name: type = default  # meaning``."""
+    """What one line of a parameters cell declares: ``name: type = default  # meaning``."""
 
-    name: str
     type: Any
-    default: str
-    meaning: str
+    default: Any  # None, too, where it is computed
 
 
 # ---- inside a notebook --------------------------------------------------------------------------
@@ -81,60 +79,42 @@ def find_notebook(notebook: str | Path) -> Path:
 
 
 def notebook_parameters(notebook: str | Path) -> dict[str, Parameter]:
-    """Read the parameters that a notebook declares, as papermill sees them.
+    """Read the parameters that a notebook declares; a default of None allows None.
 
     Raises:
-        ValueError: a declaration that papermill would lose or leave untyped.
+        ValueError: a declaration without a plain type, which papermill would lose or leave untyped.
     """
     import nbformat
-    from papermill.translators import PythonTranslator
 
     path = find_notebook(notebook)
     try:
         cells = nbformat.read(path, as_version=4).cells
     except (ValueError, AttributeError, TypeError, nbformat.ValidationError) as error:
         raise ValueError(f"{path} is no notebook: {error}") from None
-    tagged = [cell for cell in cells if "parameters" in cell.metadata.get("tags", [])]
-    if not tagged:
-        return {}
+    tagged = [cell.source for cell in cells if "parameters" in cell.metadata.get("tags", [])]
     try:
-        names = _assigned_names(tagged[0].source)
+        lines = ast.parse(tagged[0]).body if tagged else []
     except SyntaxError as error:
         raise ValueError(
             f"{path.name}: the parameters cell is no plain Python ({error}); magic and shell lines "
             "belong in other cells"
         ) from None
-    seen = {found.name: found for found in PythonTranslator.inspect(tagged[0])}
     declared = {}
-    for name in names:
-        if name not in seen:
-            raise ValueError(
-                f"{path.name}: papermill cannot read the declaration of {name!r}; write "
-                f"`{name}: type = default  # meaning` on one line, without `|` in the type and "
-                "without `=` in the comment"
-            )
-        found = seen[name]
-        declared[name] = Parameter(name, _type_of(path, found), found.default, found.help)
+    for line in lines:
+        match line:
+            case ast.AnnAssign(ast.Name(name), ast.Name(kind), ast.expr() as value) if (
+                kind in _SCALARS
+            ):
+                plain = isinstance(value, ast.Constant)
+                default = value.value if plain else None
+                optional = _SCALARS[kind] | None if plain and default is None else _SCALARS[kind]
+                declared[name] = Parameter(optional, default)
+            case ast.AnnAssign() | ast.Assign():
+                raise ValueError(
+                    f"{path.name}: parameter {ast.unparse(line)!r}: write `name: type = default` "
+                    f"and annotate it with one of {', '.join(_SCALARS)}, which papermill can read"
+                )
     return declared
-
-
-def _assigned_names(source: str) -> list[str]:
-    body = ast.parse(source).body
-    single = [s.target for s in body if isinstance(s, ast.AnnAssign)]
-    several = [target for s in body if isinstance(s, ast.Assign) for target in s.targets]
-    return [target.id for target in single + several if isinstance(target, ast.Name)]
-
-
-def _type_of(path: Path, found: Any) -> Any:
-    name, annotation = found.name, found.inferred_type_name
-    kind = _SCALARS.get(annotation.removeprefix("Optional[").removesuffix("]"))
-    if kind is None:
-        raise ValueError(
-            f"{path.name}: parameter {name!r} has the type {annotation!r}; "
-            f"annotate it with one of {', '.join(_SCALARS)}"
-        )
-    optional = annotation.startswith("Optional[") or found.default == "None"
-    return kind | None if optional else kind
 
 
 def check_parameters(
@@ -254,7 +234,10 @@ def run_notebook(
     profile = values.get("profile", profile)
     if profile is not None:
         values = check_parameters(path, profile_parameters(path, profile) | values)
-    if profile := profile or _default_profile(notebook_parameters(path)):
+    declared = notebook_parameters(path)
+    if profile is None and "profile" in declared:
+        profile = declared["profile"].default
+    if profile:
         check_meaning(profile, values)
     from conki_lib.records import runs_dir  # kernels need no pandas for this
 
@@ -266,13 +249,6 @@ def run_notebook(
     for place in (target.parent, folder / "failed"):
         make_writable("the executed notebook", place, _GO_ON)
     return _execute(path, values, target, folder / "failed")
-
-
-def _default_profile(declared: Mapping[str, Parameter]) -> str | None:
-    """The profile that a notebook names itself, if it does so plainly."""
-    with suppress(KeyError, ValueError, SyntaxError):
-        return ast.literal_eval(declared["profile"].default)
-    return None
 
 
 def _execute(path: Path, values: dict[str, Any], target: Path, failed: Path) -> Path:

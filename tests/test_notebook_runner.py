@@ -212,18 +212,20 @@ def test_a_profile_value_of_another_type_is_an_error(project):
         run_notebook(path, assignments=["profile=mine"])
 
 
-@pytest.mark.parametrize("line", ["fold: str | None = None", "lam: float = 0.1  # lam = 0: w/o C4"])
-def test_declarations_that_papermill_would_lose_are_errors(project, line):
-    path = write(project, parameters=line)
-    with pytest.raises(ValueError, match=re.escape(repr(line.split(":")[0]))):
-        notebook_parameters(path)
-
-
-@pytest.mark.parametrize("line", ["seed = 0", "seeds: list[int] = [0]", "seed: Seed = 0"])
+@pytest.mark.parametrize(
+    "line", ["fold: str | None = None", "seed = 0", "seeds: list[int] = [0]", "seed: Seed = 0"]
+)
 def test_parameters_are_annotated_scalars(project, line):
     path = write(project, parameters=line)
-    with pytest.raises(ValueError, match=r"annotate it with one of int, float, str, bool"):
+    with pytest.raises(ValueError, match=f"(?s){re.escape(line)}.*one of int, float, str, bool"):
         notebook_parameters(path)
+
+
+def test_a_default_may_be_computed_and_a_comment_may_hold_anything(project):
+    path = write(project, parameters="seed: int = -(2**3)\nlam: float = 0.1  # lam = 0: w/o C4")
+    assert check_parameters(path, {}, ["seed=1", "lam=2"]) == {"seed": 1, "lam": 2.0}
+    with pytest.raises(ValueError, match="'seed' cannot be None"):
+        check_parameters(path, {"seed": None})
 
 
 def test_a_misspelt_notebook_names_the_near_one(project):
