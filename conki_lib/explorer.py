@@ -1,15 +1,15 @@
 """The pair explorer: change labels, temperature and sets; matrix, counts, loss and forces follow.
 
 `ExplorerState` knows the mathematics and no widget; `picture` and `summary` write a state as SVG
-and HTML in a few milliseconds; `explore` puts controls on top. Where nobody can touch a control,
-`draw_state` makes a still picture of the same.
+and HTML in a few milliseconds, by explorer.html; `explore` puts controls on top. Where nobody can
+touch a control, `draw_state` makes a still picture of the same.
 """
 
 import math
-from collections.abc import Iterator
 from copy import copy
 from dataclasses import dataclass, fields
-from itertools import groupby
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 import ipywidgets as widgets
@@ -18,6 +18,7 @@ import numpy as np
 import pandas as pd
 import torch
 from jaxtyping import Float
+from jinja2 import Environment
 from matplotlib.figure import Figure
 from torch import Tensor
 
@@ -162,124 +163,37 @@ class ExplorerState:
 
 # ---- pictures of a state ------------------------------------------------------------------------
 
-_SIDE, _EDGE, _PLANE = 470.0, 34.0, 400.0  # of the matrix, of its labels, of the plane, in pixels
+
+@cache
+def _page() -> Any:
+    """The macros of explorer.html, and what they draw by."""
+    known = dict(
+        SETS=SETS, PAIR_NAMES=PAIR_NAMES, PAIR_COLORS=PAIR_COLORS, MATRIX_COLORS=MATRIX_COLORS,
+        REP_COLORS=REP_COLORS, REP_MARKERS=REP_MARKERS, POINT_SIZES=POINT_SIZES, RING=RING,
+        FILL=FILL, INK=INK, MUTED=MUTED, cos=math.cos, sin=math.sin, degrees=math.degrees,
+    )  # fmt: skip
+    text = Path(__file__).with_name("explorer.html").read_text(encoding="utf-8")
+    blank = Environment(trim_blocks=True, finalize=lambda x: f"{x:.4g}" if type(x) is float else x)
+    return blank.from_string(text, globals=known).module
 
 
 def picture(state: ExplorerState) -> str:
     """Write matrix and plane as SVG; a row of the matrix under the pointer lists its pairs."""
-    width, height = _EDGE + _SIDE + 20 + _PLANE, _EDGE + _SIDE + 4
-    parts = [*_matrix_svg(state), *_plane_svg(state)]
-    return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" '
-        f'viewBox="0 0 {width} {height}" font-family="sans-serif" style="background:white">'
-        "<style>.row:hover rect{fill-opacity:1}</style>"
-        f"{''.join(parts)}</svg>"
-    )
-
-
-def _label_svg(name: str, x: float, y: float, size: float, anchor: str) -> str:
-    rep, sample = name.split("^")
-    small = f'font-size="{0.72 * size:.1f}"'
-    return (
-        f'<text x="{x:.1f}" y="{y:.1f}" font-size="{size}" text-anchor="{anchor}" fill="{INK}">'
-        f'{rep[0]}<tspan dy="3" {small}>{rep[2]}</tspan>'
-        f'<tspan dy="-7" {small}>{sample}</tspan></text>'
-    )
-
-
-def _matrix_svg(state: ExplorerState) -> Iterator[str]:
-    rows, codes = state.rows, state.codes.tolist()
-    R, cell = len(rows), _SIDE / len(rows)
-    size = 11.0 if R <= 24 else 8.0
-    for p, name in enumerate(rows):
-        top = _EDGE + p * cell
-        middle = top + cell / 2 + 3
-        lists = "\n".join(f"{k}: {', '.join(v) or '-'}" for k, v in state.pairs_of(name).items())
-        yield f'<g class="row"><title>{name}\n{lists}</title>'
-        yield f'<rect x="0" y="{top:.1f}" width="{_EDGE}" height="{cell:.1f}" fill="white"/>'
-        for code, run in groupby(range(R), key=lambda q, row=codes[p]: row[q]):
-            columns = list(run)
-            fill = PAIR_COLORS[SETS[code - 1]] if code else "white"
-            yield (
-                f'<rect x="{_EDGE + columns[0] * cell:.1f}" y="{top:.1f}" '
-                f'width="{len(columns) * cell:.1f}" height="{cell:.1f}" '
-                f'fill="{fill}" fill-opacity="{FILL}"/>'
-            )
-        yield _label_svg(name, _EDGE - 4, middle, size, "end") + "</g>"
-        yield _label_svg(name, _EDGE + (p + 0.5) * cell, _EDGE - 8, size, "middle")
-    for k in range(0, R + 1, len(REPS) // 2):
-        at, end = _EDGE + k * cell, _EDGE + _SIDE
-        stroke = INK if k % len(REPS) == 0 else "white"
-        look = f'stroke="{stroke}" pointer-events="none"'
-        yield f'<path d="M{at:.1f} {_EDGE}V{end}M{_EDGE} {at:.1f}H{end}" {look}/>'
-    yield (
-        f'<rect x="{_EDGE}" y="{_EDGE + rows.index(state.anchor) * cell:.1f}" width="{_SIDE}" '
-        f'height="{cell:.1f}" fill="none" stroke="{INK}" stroke-width="2.5" pointer-events="none"/>'
-    )
-
-
-def _plane_svg(state: ExplorerState) -> Iterator[str]:
-    B, middle = len(state.y), (_EDGE + _SIDE + 20 + _PLANE / 2, _EDGE + _SIDE / 2)
-    unit = (_PLANE / 2 - 8) / (1 + RING * (B - 0.5))
-    radii = unit * (1 + RING * np.arange(B))
-    angles, forces = state.angles.numpy(), state.forces().numpy()
-    yield f'<g transform="translate({middle[0]:.1f} {middle[1]:.1f})">'
-    for i, radius in enumerate(radii):
-        yield f'<circle r="{radius:.1f}" fill="none" stroke="#ddd"/>'
-        yield f'<text y="{radius + 4:.1f}" font-size="10" fill="{MUTED}">{i + 1}</text>'
-    for k in sorted(range(len(REPS)), key=lambda k: -POINT_SIZES[REPS[k]]):
-        for i in range(B):
-            yield _turn_svg(radii[i], angles[i, k], forces[i, k], REP_COLORS[REPS[k]])
-            yield _point_svg(radii[i], angles[i, k], REPS[k], f"{REPS[k]}^{i + 1}", state.anchor)
-    yield "</g>"
-
-
-def _turn_svg(radius: float, theta: float, by: float, color: str) -> str:
-    if abs(by) < 0.02:
-        return ""
-    arc = theta + by * np.linspace(0, 1, 7)
-    line = " ".join(f"{radius * np.cos(a):.1f},{-radius * np.sin(a):.1f}" for a in arc)
-    tip, back = theta + by + np.sign(by) * 5 / radius, arc[-1] - np.sign(by) * 4 / radius
-    head = " ".join(
-        f"{r * np.cos(a):.1f},{-r * np.sin(a):.1f}"
-        for r, a in ((radius, tip), (radius - 4, back), (radius + 4, back))
-    )
-    return (
-        f'<polyline points="{line}" fill="none" stroke="{color}" stroke-width="2"/>'
-        f'<polygon points="{head}" fill="{color}"/>'
-    )
-
-
-def _point_svg(radius: float, theta: float, rep: str, name: str, anchor: str) -> str:
-    x, y, half = radius * np.cos(theta), -radius * np.sin(theta), 0.55 * POINT_SIZES[rep] ** 0.5
-    edge = f'stroke="{INK}" stroke-width="2.5"' if name == anchor else 'stroke="white"'
-    look = f'fill="{REP_COLORS[rep]}" {edge}><title>{name}</title>'
-    if REP_MARKERS[rep] == "o":
-        return f'<circle cx="{x:.1f}" cy="{y:.1f}" r="{1.1 * half:.1f}" {look}</circle>'
-    side = f'width="{2 * half:.1f}" height="{2 * half:.1f}"'
-    return f'<rect x="{x - half:.1f}" y="{y - half:.1f}" {side} {look}</rect>'
+    names, rows = state.rows, []
+    for name, codes in zip(names, state.codes, strict=True):
+        ends = np.flatnonzero(np.diff(codes, prepend=-1, append=-1))
+        runs = zip(ends[:-1], np.diff(ends), codes[ends[:-1]], strict=True)
+        rows.append((name, state.pairs_of(name), list(runs)))
+    turns = (x.flatten().tolist() for x in (state.angles, state.forces()))
+    vectors = sorted(zip(names, *turns, strict=True), key=lambda v: -POINT_SIZES[v[0][:3]])
+    return _page().picture(rows, names.index(state.anchor), vectors)
 
 
 def summary(state: ExplorerState) -> str:
     """Write counts, loss and the anchor's pairs by name as HTML."""
-    lines, counts, mates_of = [], state.masks.counts(ordered=False), state.pairs_of()
-    for name in SETS:
-        mates = ", ".join(mates_of[name]) or "–"
-        swatch = f'<span style="color:{MATRIX_COLORS[name]}">&#9632;</span>'
-        lines.append(
-            f'<tr style="vertical-align:top"><td style="white-space:nowrap">'
-            f"{swatch} <b>{name}</b></td>"
-            f'<td style="white-space:nowrap">{PAIR_NAMES[name]}</td>'
-            f'<td style="text-align:right">{counts[name]}</td>'
-            f'<td style="padding-left:1.5em">{mates}</td></tr>'
-        )
-    loss = state.loss_and_slope()[0]
+    loss, counts = state.loss_and_slope()[0], state.masks.counts(ordered=False)
     classes = ", ".join(f"{v:+d}" for v in sentiment_class(state.y).tolist())
-    return (
-        f"<b>L_con = {loss:.4f}</b> &nbsp; classes r(y): {classes}"
-        '<table style="line-height:1.5"><tr><th>set</th><th></th><th>pairs</th>'
-        f"<th>with {state.anchor}</th></tr>{''.join(lines)}</table>"
-    )
+    return _page().summary(loss, classes, state.anchor, counts, state.pairs_of())
 
 
 def draw_state(state: ExplorerState) -> Figure:
