@@ -6,7 +6,7 @@ For tests and benchmarks: the values are noise. Large files are written in piece
 import json
 import pickle
 from collections.abc import Collection, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,8 @@ import numpy as np
 
 from conki_lib.config import MODALITY_NAMES
 from conki_lib.data.pickles import StreamedArray, write_pickle
+from conki_lib.data.store import write_store
+from conki_lib.data.synthetic import TARGET, Domain, generate
 
 #: sizes of the published unaligned file: utterances, steps and widths
 MOSEI = dict(counts=(16326, 1871, 4659), steps={"v": 500, "a": 500}, widths={"v": 35, "a": 74})
@@ -321,3 +323,16 @@ def save_bert(
             torch.manual_seed(0)
             BertModel(chosen, add_pooling_layer=pooler).save_pretrained(folder)
     return str(folder)
+
+
+def write_synthetic(
+    destination: Path,
+    domain: Domain = TARGET,
+    *,
+    sizes: tuple[int, int, int] | None = None,
+    seed: int = 0,
+) -> Path:
+    """Write the store of a generated corpus in other sizes, or by another seed."""
+    contents = generate(replace(domain, sizes=sizes or domain.sizes), seed)
+    options = dict(name=domain.name, language="en", label_range=(-3.0, 3.0), notes=contents.notes)
+    return write_store(destination, contents.utterances, contents.sequences, **options)

@@ -6,6 +6,7 @@ import matplotlib
 import numpy as np
 import pandas as pd
 import pytest
+from layouts import write_synthetic
 
 matplotlib.use("Agg")
 
@@ -161,7 +162,7 @@ def test_probe_figure_has_one_marker_per_group_and_modality(store):
 def test_pictures_of_generated_corpora(tmp_path):
     from conki_lib.data import synthetic
 
-    store = open_store(synthetic.build(tmp_path / "s", synthetic.TARGET, sizes=(60, 20, 30)))
+    store = open_store(write_synthetic(tmp_path / "s", sizes=(60, 20, 30)))
     slang = probe_plots.slang_figure({"test": store["test"]}, synthetic.DOMAIN_WORDS)
     said = (store["test"].table["domain_word"] != "").sum()
     assert sum(bar.get_height() for bar in slang.axes[0].patches) == said

@@ -4,6 +4,7 @@ import dataclasses
 
 import numpy as np
 import pytest
+from layouts import write_synthetic
 
 from conki_lib.data.store import open_store
 from conki_lib.data.synthetic import (
@@ -14,7 +15,6 @@ from conki_lib.data.synthetic import (
     VISION,
     WORDS,
     _phrases,
-    build,
     ceilings,
     generate,
 )
@@ -22,13 +22,13 @@ from conki_lib.data.synthetic import (
 
 @pytest.fixture(scope="module")
 def target(tmp_path_factory):
-    return open_store(build(tmp_path_factory.mktemp("synthetic") / "synthetic"))
+    return open_store(write_synthetic(tmp_path_factory.mktemp("synthetic") / "synthetic"))
 
 
 @pytest.fixture(scope="module")
 def external(tmp_path_factory):
     path = tmp_path_factory.mktemp("external") / "synthetic-external"
-    return open_store(build(path, EXTERNAL, sizes=(1600, 50, 50)))
+    return open_store(write_synthetic(path, EXTERNAL, sizes=(1600, 50, 50)))
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +38,7 @@ def reached(target, external):
 
 def test_the_seed_decides_everything(tmp_path):
     def fingerprint(name, seed):
-        path = build(tmp_path / name, sizes=(20, 5, 5), seed=seed)
+        path = write_synthetic(tmp_path / name, sizes=(20, 5, 5), seed=seed)
         return open_store(path).fingerprint
 
     assert fingerprint("a", 0) == fingerprint("b", 0) != fingerprint("c", 1)

@@ -169,7 +169,7 @@ def is_current(path: Path, corpus: Corpus) -> bool:
 
 
 def _build(corpus: Corpus, path: Path) -> None:
-    files = _get_files(corpus, path.parent / "downloads")
+    files = _get_files(corpus, path.parent / "downloads") if corpus.files else {}
     contents = corpus.read(files)
     found = tuple(int((contents.utterances["standard"] == split).sum()) for split in SPLITS)
     if found != corpus.counts:

@@ -35,8 +35,7 @@ The latent facts stand beside each utterance in the table; `ceilings` measures w
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -44,7 +43,7 @@ import pandas as pd
 from jaxtyping import Float
 
 from conki_lib.data.packing import SPLITS, Contents
-from conki_lib.data.store import FeatureStore, SplitView, write_store
+from conki_lib.data.store import FeatureStore, SplitView
 
 RECIPE = 2  # raised whenever the same seed gives other data
 _DRAW = 1  # of the random numbers: a new recipe need not draw other texts and feelings
@@ -170,29 +169,6 @@ def generate(domain: Domain, seed: int = 0) -> Contents:
     table["conflict_cue"], table["domain_word"] = facts["cue"], facts["domain_word"]
     table["silent_v"], table["silent_a"] = silent["v"], silent["a"]
     return Contents(table, sequences, notes={"generator": f"seed {seed}, recipe {RECIPE}"})
-
-
-def build(
-    destination: Path | str,
-    domain: Domain = TARGET,
-    *,
-    sizes: tuple[int, int, int] | None = None,
-    seed: int = 0,
-) -> Path:
-    """Generate a corpus and write its store anywhere, in other sizes or by another seed.
-
-    `fetch` builds the two corpora of the profile; this is for experiments and tests.
-    """
-    contents = generate(replace(domain, sizes=sizes or domain.sizes), seed)
-    return write_store(
-        destination,
-        contents.utterances,
-        contents.sequences,
-        name=domain.name,
-        language="en",
-        label_range=(-3.0, 3.0),
-        notes=contents.notes,
-    )
 
 
 # --- what is felt, and how the cues differ from it ---------------------------------------------
