@@ -6,8 +6,7 @@ touch a control, `draw_state` makes a still picture of the same.
 """
 
 import math
-from copy import copy
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -77,11 +76,6 @@ class ExplorerState:
     anchor: str = "O_t^1"
 
     def __post_init__(self) -> None:
-        self._settle()
-        self.restart()
-
-    def _settle(self) -> None:
-        """Check the settings and build the pair sets, once per change."""
         if not SAMPLES[0] <= len(self.y) <= SAMPLES[1]:
             raise ValueError(f"y holds {len(self.y)} labels: give {SAMPLES[0]} to {SAMPLES[1]}")
         if not SMALLEST_TAU <= self.tau < math.inf:
@@ -94,29 +88,23 @@ class ExplorerState:
             raise ValueError(f"anchor={self.anchor!r}{near}: it must be a row such as 'O_t^1'")
         self.masks: PairMasks = pair_masks(self.y, n1=self.n1, without=self.without)
         self.codes: np.ndarray = set_codes(self.masks)
+        self.restart()
 
     def restart(self) -> None:
         """Put all vectors back to where they started."""
         start = torch.tensor(START_DEGREES[: len(self.y)], dtype=torch.float64)
         self.angles: Tensor = start.deg2rad()
 
-    def update(self, **changes: object) -> None:
+    def update(self, **changes: Any) -> None:
         """Change settings, all or none; vectors stay where they are, new samples bring theirs.
 
         Raises:
-            ValueError: an unknown setting, or a value that does not fit; nothing has changed.
-            TypeError: a value of the wrong kind, such as text for a number; likewise.
+            ValueError: a value that does not fit; nothing has changed.
+            TypeError: an unknown setting, or a value of the wrong kind; likewise.
         """
-        known = [field.name for field in fields(self)]
-        for name in changes:
-            if name not in known:
-                raise ValueError(f"unknown setting {name!r}{near_names(name, known)}")
-        changed = copy(self)
-        vars(changed).update(changes)
-        if changed.anchor not in changed.rows and "anchor" not in changes:
-            changed.anchor = next(iter(changed.rows), self.anchor)
-        changed._settle()
-        changed.restart()
+        if self.anchor not in row_names(len(changes.get("y", self.y))):
+            changes = {"anchor": row_names(1)[0]} | changes
+        changed = replace(self, **changes)
         kept = self.angles[: len(changed.y)]
         changed.angles = torch.cat([kept, changed.angles[len(kept) :]])
         vars(self).update(vars(changed))

@@ -114,10 +114,10 @@ def test_another_number_of_samples_keeps_moved_vectors_and_new_ones_start_at_the
         ({"n1": "lyteral"}, "did you mean 'literal'"),
         ({"without": ("N3",)}, "unknown set 'N3'"),
         ({"anchor": "O_t^9"}, "anchor='O_t^9'"),
-        ({"taw": 0.1}, "did you mean 'tau'"),
+        ({"taw": 0.1}, "argument 'taw'"),
         ({"tau": 0.5, "n1": "no"}, "n1='no'"),
         ({"y": (1.0, math.nan, 0.0)}, "nan"),
-        ({"tau": "x"}, "not supported between"),
+        ({"tau": "x"}, "'x'"),  # under test the types are checked before
         ({"y": 1.0, "tau": 0.5}, "has no len()"),
     ],
 )
