@@ -31,6 +31,9 @@ class _Commands(TyperGroup):
             raise typer.Exit(1) from None
 
 
+Folds = Annotated[Path | None, typer.Option(help="of .csd: JSON, video ids per split")]
+Roles = Annotated[list[str] | None, typer.Option(help="of .csd: v=FILE and so on, repeatable")]
+
 app = typer.Typer(cls=_Commands, no_args_is_help=True, add_completion=False, help=__doc__)
 
 
@@ -55,10 +58,8 @@ def convert(
     label_range: Annotated[
         tuple[float, float] | None, typer.Option(help="lowest and highest label")
     ] = None,
-    folds: Annotated[Path | None, typer.Option(help="of .csd: JSON, video ids per split")] = None,
-    role: Annotated[
-        list[str] | None, typer.Option(help="of .csd: v=FILE and so on, as often as needed")
-    ] = None,
+    folds: Folds = None,
+    role: Roles = None,
     number_duplicates: Annotated[
         bool, typer.Option("--number-duplicates", help="of one split; default: an error")
     ] = False,
@@ -67,17 +68,24 @@ def convert(
     from conki_lib.data import convert
 
     options = {"name": name, "format": format, "language": language, "label_range": label_range}
-    options |= {"folds": folds, "number_duplicates": number_duplicates}
-    options["roles"] = dict(r.partition("=")[::2] for r in role) if role else None
+    options |= _of_csd(folds, role) | {"number_duplicates": number_duplicates}
     typer.echo(convert(source, destination, **options))
 
 
 @app.command()
-def inspect(path: Annotated[Path, typer.Argument(help="any data file, or a store")]) -> None:
+def inspect(
+    path: Annotated[Path, typer.Argument(help="any data file, or a store")],
+    folds: Folds = None,
+    role: Roles = None,
+) -> None:
     """Say what a file or folder holds, without unpickling anything that could do harm."""
     from conki_lib.data.formats import inspect_path
 
-    _show(inspect_path(path))
+    _show(inspect_path(path, **_of_csd(folds, role)))
+
+
+def _of_csd(folds: Path | None, role: list[str] | None) -> dict[str, Any]:
+    return {"folds": folds, "roles": dict(r.partition("=")[::2] for r in role) if role else None}
 
 
 @app.command()

@@ -14,6 +14,7 @@ import pandas as pd
 import pooch
 import pytest
 import requests
+from layouts import write_synthetic
 
 from conki_lib.data import corpora, open_corpora
 from conki_lib.data.corpora import CORPORA, fetch, status
@@ -51,6 +52,14 @@ def test_names_agree():
         if line and not line.startswith("#")
     }
     assert pinned == {file for corpus in CORPORA.values() for file in corpus.files}
+
+
+def test_fetch_leaves_a_store_of_another_alone(tmp_path: Path) -> None:
+    other = write_synthetic(tmp_path / "synthetic", sizes=(4, 2, 2))
+    before = (other / "info.json").read_bytes()
+    with pytest.raises(FileExistsError, match="did not make: move it"):
+        corpora.fetch("synthetic", tmp_path)
+    assert (other / "info.json").read_bytes() == before
 
 
 def test_the_readme_lists_every_corpus_and_checksum():

@@ -27,7 +27,8 @@ def write(path: Path, root: str, data: dict[str, tuple[Any, Any]]) -> None:
     """A .csd file by hand: key -> intervals, features."""
     with h5py.File(path, "w") as file:
         for key, (times, features) in data.items():
-            file[f"{root}/data/{key}/intervals"] = np.asarray(times, np.float64).reshape(-1, 2)
+            times = np.asarray(times, np.float64)
+            file[f"{root}/data/{key}/intervals"] = times if times.size else times.reshape(-1, 2)
             file[f"{root}/data/{key}/features"] = features
         file.create_dataset(f"{root}/metadata/root name", data=json.dumps(root).encode())
 
@@ -190,6 +191,7 @@ def test_roles_and_folds_can_be_given(tmp_path: Path) -> None:
     store = open_store(convert(folder, tmp_path / "s", roles=roles, folds=folds))
     assert store.info.widths == {"v": 2, "a": 2} and store.folds == ("standard", "other")
     assert "FACET_42.csd" in store.info.notes["files"]
+    assert "FACET_42.csd" in str(inspect_path(folder, roles=roles, folds=folds))
 
 
 @pytest.mark.parametrize(
@@ -211,6 +213,12 @@ def test_roles_and_folds_can_be_given(tmp_path: Path) -> None:
          "z.csd: v has 2 rows and 1 intervals"),
         (lambda f: write(f / "labels.csd", "labels", {"v": ([[0, 1]] * 2, np.ones((1, 1)))}), {},
          "labels.csd: v has 1 rows and 2 intervals"),
+        (lambda f: write(f / "labels.csd", "labels", {"v": ([[0, 1, 2]] * 3, np.ones((3, 1)))}), {},
+         "labels.csd: v: intervals are no pairs"),
+        (lambda f: write(f / "labels.csd", "labels", {"v": ([[0, 1]], np.ones((1, 1))),
+         "w": ([[0, 1]], np.array([[b"x"]]))}), {}, "labels.csd: w: labels are no numbers"),
+        (lambda f: write(f / "words.csd", "words", {"v": ([[0, 1]], np.ones((1, 300)))}), {},
+         "words.csd holds numbers, not words"),
         (lambda f: None, {"folds": {"train": ["v"], "test": ["V"]}}, "test: none of its videos is"),
     ],
 )  # fmt: skip

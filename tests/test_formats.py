@@ -128,6 +128,9 @@ def test_stores_folders_and_single_csd_files_are_told_apart(tmp_path: Path) -> N
     store = convert(tmp_path / "x.pkl", tmp_path / "store")
     with pytest.raises(BadFile, match="a store already"):
         convert(store, tmp_path / "other")
+    (store / "info.json").unlink()
+    with pytest.raises(FileNotFoundError, match=r"no complete store.*info\.json"):
+        inspect_path(store)
     with pytest.raises(FileNotFoundError, match=r"nowhere\.pkl"):
         convert(tmp_path / "nowhere.pkl", tmp_path / "other")
     with pytest.raises(BadFile, match="is an MMSA pickle, not of the format 'csd'"):
@@ -365,6 +368,27 @@ def test_ids_in_two_splits_are_an_error(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"rows 0 and 9 .*tr-_00000_x\$_\$0.*test and train"):
         convert(source, tmp_path / "s")
     assert not (tmp_path / "s").exists()
+
+
+@pytest.mark.parametrize("ids", [lambda n: [f"utt{i}" for i in range(n)], np.arange])
+def test_ids_without_clips_are_not_renamed_apart_across_splits(tmp_path: Path, ids: Any) -> None:
+    content = whole(mmsa_layout(counts=(6, 3, 3)))
+    for columns in content.values():
+        columns["id"] = ids(len(columns["id"]))
+    (tmp_path / "x.pkl").write_bytes(pickle.dumps(content))
+    with pytest.raises(ValueError, match=r"same id.*|shared by the splits"):
+        convert(tmp_path / "x.pkl", tmp_path / "s")
+    assert not (tmp_path / "s").exists()
+
+
+def test_texts_that_are_missing_are_empty_and_numbers_keep_their_digits(tmp_path: Path) -> None:
+    content = whole(mmsa_layout(counts=(4, 2, 1)))
+    content["train"]["raw_text"] = [None, float("nan"), "half \ud83d", "nan"]
+    content["valid"]["id"] = [["v", 1000.001, 1000.002], ["v", 1000.003, 1000.004]]
+    (tmp_path / "x.pkl").write_bytes(pickle.dumps(content))
+    table = open_store(convert(tmp_path / "x.pkl", tmp_path / "s")).utterances
+    assert table["text"].tolist()[:4] == ["", "", "half ?", "nan"]
+    assert table["clip"].tolist()[4:6] == ["1000.001-1000.002", "1000.003-1000.004"]
 
 
 def test_inspection_lists_defects_without_converting(tmp_path: Path) -> None:
@@ -641,6 +665,9 @@ def test_own_data_from_files_frames_and_datasets_agree(tmp_path: Path) -> None:
         (lambda f: f, {"a": {"00": np.zeros((1, 2))}}, "audio: no array for the id '01'"),
         (lambda f: f, {"v": 3}, "vision: a folder, .* not int"),
         (lambda f: f, {"v": [np.zeros((1, 2))] * 5}, "vision: 5 sequences for 6 utterances"),
+        (lambda f: f.assign(id=["a", None, *"cdef"]), {}, "row 1 has no id"),
+        (lambda f: f, {"v": [None] * 6}, "vision of .*shape"),
+        (lambda f: f, {"v": [[[1, 2], [3]]] * 6}, "vision of .*shape"),
         (lambda f: f, {"v": "text"}, r"text.00\.npy is no array of numbers"),
         (lambda f: f, {"v": "objects"}, r"objects.00\.npy is no array of numbers"),
     ],
@@ -659,6 +686,23 @@ def test_own_data_that_does_not_fit_is_named(
     with pytest.raises(ValueError, match=message):
         from_frame(frame, arrays, tmp_path / "s")
     assert not (tmp_path / "s").exists()
+
+
+def test_what_own_data_leave_empty(tmp_path: Path) -> None:
+    frame = _own(tmp_path).assign(video=["v1", "v1", None, None, "v2", "v3"])
+    frame = frame.assign(y_T=[None, 0.1, 0.2, 0.3, 0.4, 0.5])
+    frame.to_csv(tmp_path / "own.csv", index=False)
+    for way, table in {"frame": frame, "csv": tmp_path / "own.csv"}.items():
+        held = open_store(from_frame(table, {}, tmp_path / way, label_range=(-1, 1))).utterances
+        assert held["video"].tolist() == ["v1", "v1", "02", "03", "v2", "v3"]
+        assert np.isnan(held["y_T"][0]) and held["y_T"][1] == pytest.approx(0.1)
+
+
+def test_a_table_in_another_encoding_is_named(tmp_path: Path) -> None:
+    frame = _own(tmp_path).assign(text="café")
+    frame.to_csv(tmp_path / "latin.csv", index=False, encoding="latin-1")
+    with pytest.raises(BadFile, match=r"latin\.csv cannot be read .*UTF-8"):
+        from_frame(tmp_path / "latin.csv", {}, tmp_path / "s")
 
 
 def test_a_table_that_is_missing_is_named(tmp_path: Path) -> None:

@@ -163,9 +163,17 @@ def fetch(name: str, root: Path | str | None = None) -> Path:
 
 
 def is_current(path: Path, corpus: Corpus) -> bool:
-    """Does a store stand there that today's recipe made?"""
-    held = (path / "info.json").is_file()
-    return held and open_store(path).info.notes.get("recipe") == str(corpus.recipe)
+    """Does a store stand there that today's recipe made?
+
+    Raises:
+        FileExistsError: it is another's, which would be lost.
+    """
+    if not (path / "info.json").is_file():
+        return False
+    recipe = open_store(path).info.notes.get("recipe")
+    if recipe is None:
+        raise FileExistsError(f"{path} is a store that `conki fetch` did not make: move it first")
+    return recipe == str(corpus.recipe)
 
 
 def _build(corpus: Corpus, path: Path) -> None:

@@ -87,8 +87,11 @@ class CsdFile:
 
     def unsorted(self, key: str) -> tuple[np.ndarray, np.ndarray]:
         """Times (n, 2) and features (n, d) of a key as they stand in the file."""
-        times = np.asarray(self._dataset(key, "intervals")[()], np.float64).reshape(-1, 2)
         features = np.asarray(self._dataset(key, "features")[()])
+        try:
+            times = np.asarray(self._dataset(key, "intervals")[()], np.float64).reshape(-1, 2)
+        except (TypeError, ValueError) as error:
+            raise BadFile(f"{self.path}: {key}: intervals are no pairs of seconds") from error
         features = features.reshape(len(features), int(np.prod(features.shape[1:])))
         if len(times) != len(features):
             raise BadFile(
@@ -203,7 +206,10 @@ def _segments(labels: CsdFile, cleaned: dict[str, int]) -> pd.DataFrame:
         match = ALIGNED.fullmatch(key)
         video, clip = (match[1], match[2]) if match else (key, None)
         times, values = labels.unsorted(key)
-        values = values.astype(np.float64)
+        try:
+            values = values.astype(np.float64)
+        except (TypeError, ValueError) as error:
+            raise BadFile(f"{labels.path}: {key}: labels are no numbers ({error})") from error
         for k, ((start, end), value) in enumerate(zip(times, values, strict=True)):
             if not np.isfinite([start, end, value[0]]).all():
                 dropped += 1
@@ -225,6 +231,8 @@ def _segments(labels: CsdFile, cleaned: dict[str, int]) -> pd.DataFrame:
 
 def _texts(words: CsdFile, segments: list[tuple[str, str, float, float]]) -> list[str]:
     """Words of each segment in order of time, pauses (``sp``) left out."""
+    if words._first.dtype.kind not in "SOU":
+        raise BadFile(f"{words.path} holds numbers, not words: name another by --role words=FILE")
     texts = []
     for rows in CsdSequences(words, "t", segments):
         spoken = rows[:, 0].tolist() if rows.dtype.kind in "SOU" else []
@@ -277,7 +285,7 @@ def _read_folds(path: Path) -> Any:
             "such a dict as folds (a file: --folds FILE)"
         )
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(path.read_text(encoding="utf-8-sig"))
     except ValueError as error:
         raise BadFile(f"{path} is no JSON ({error}): correct it") from error
 

@@ -19,7 +19,7 @@ from conki_lib.data.mmsa import RELEASES, is_mmsa, read_mmsa
 from conki_lib.data.packing import SPLITS, Range
 from conki_lib.data.pickles import BadFile, read_pickle
 from conki_lib.data.raw import RawCorpus
-from conki_lib.data.store import INFO, open_store, write_store
+from conki_lib.data.store import FEATURES, INFO, UTTERANCES, open_store, write_store
 
 _READABLE = {"mmsa": "an MMSA pickle", "csd": "a folder of .csd files"}
 
@@ -54,8 +54,13 @@ def recognise(
     return raw
 
 
+def _is_store(path: Path) -> bool:
+    """A store, or what is left of one."""
+    return any((path / file).is_file() for file in (INFO, FEATURES, UTTERANCES))
+
+
 def _folder(path: Path, folds: Any, roles: Mapping[str, str] | None) -> RawCorpus:
-    if (path / INFO).is_file():
+    if _is_store(path):
         raise BadFile(f"{path} is a store already: open it with open_store")
     if any(path.glob("*.csd")):
         return read_csd(path, folds=folds, roles=roles)
@@ -162,18 +167,29 @@ def convert(
             raise BadFile(f"{source}: {error}") from error
 
 
-def inspect_path(path: str | Path) -> Inspection:
+def inspect_path(
+    path: str | Path,
+    *,
+    folds: Mapping[str, Any] | str | Path | None = None,
+    roles: Mapping[str, str] | None = None,
+) -> Inspection:
     """Describe a store, an MMSA pickle or a folder of ``.csd`` files, without converting it.
 
     Files are streamed, one utterance at a time; what `convert` would refuse is listed, not raised.
 
+    Args:
+        path: of the store, the file or the folder.
+        folds: see `convert`.
+        roles: see `convert`.
+
     Raises:
         BadFile: it is none of these; says what it is.
     """
-    if (Path(path) / INFO).is_file():
+    if _is_store(Path(path)):
         return inspect_store(open_store(path))
     beside = Path(path).absolute().parent  # temporary files of many GB may be needed
-    raw = recognise(path, beside if os.access(beside, os.W_OK) else None)
+    scratch = beside if os.access(beside, os.W_OK) else None
+    raw = recognise(path, scratch, folds=folds, roles=roles)
     if raw.format == "mmsa":
         with tqdm(total=raw.path.stat().st_size, unit="B", unit_scale=True, desc="checksum") as bar:
             raw.notes |= _release_note(raw, _hashed(raw.path, bar)["sha256"])

@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 
 from conki_lib.config import MODALITY_NAMES
-from conki_lib.data.packing import SPLIT_NAMES, Range
+from conki_lib.data.packing import LABELS, SPLIT_NAMES, Range
 from conki_lib.data.pickles import BadFile
 from conki_lib.data.raw import guess_language
 from conki_lib.data.store import source_of, write_store
@@ -60,7 +60,8 @@ def from_frame(
         raise ValueError(
             f"{named}: split {sorted(map(str, unknown))[0]!r} is none of {', '.join(SPLIT_NAMES)}"
         )
-    table["id"] = table["id"].astype(str) if "id" in table else [f"{i}" for i in range(len(table))]
+    ids = table["id"] if "id" in table else pd.Series(range(len(table)))
+    table["id"] = ids.astype(str).where(ids.notna(), None)
     for column, default in (("text", ""), ("video", table["id"])):
         table[column] = table[column] if column in table else default
     if "clip" not in table:
@@ -94,10 +95,14 @@ def _as_table(frame: Any) -> pd.DataFrame:
     options: dict[str, Any] = {}  # "007" stays "007", and the text "NA" is a text
     if path.suffix == ".csv":
         options = {"dtype": dict.fromkeys(("id", "video", "clip", "text"), str)}
-        options |= {"keep_default_na": False, "na_values": {"y": [""], "split": [""]}}
+        blank = dict.fromkeys(("id", "video", "split", *LABELS), [""])
+        options |= {"keep_default_na": False, "na_values": blank}
     elif path.suffix == ".jsonl":
         options = {"lines": True, "dtype": False}
-    return _READERS[path.suffix](path, **options)
+    try:
+        return _READERS[path.suffix](path, **options)
+    except ValueError as error:
+        raise BadFile(f"{path} cannot be read ({error}): correct it, in UTF-8") from error
 
 
 def _sequences(m: str, given: Any, table: pd.DataFrame) -> Iterator[np.ndarray]:
@@ -118,7 +123,7 @@ def _sequences(m: str, given: Any, table: pd.DataFrame) -> Iterator[np.ndarray]:
     if isinstance(given, Mapping):
         missing = [i for i in ids if i not in given]
         if missing:
-            raise ValueError(f"{MODALITY_NAMES[m]}: no array for the id {missing[0]!r}")
+            raise ValueError(f"{MODALITY_NAMES[m]}: no array for the id {missing[0]!r}, a text")
         return (_frames(given[i]) for i in ids)
     if not isinstance(given, Sequence | np.ndarray):
         raise ValueError(
@@ -138,5 +143,8 @@ def _load(file: Path) -> np.ndarray:
 def _frames(array: Any) -> np.ndarray:
     """(l, d) from an array or nested lists; one vector is one frame."""
     if not isinstance(array, np.ndarray) or array.dtype == np.dtype(object):
-        array = np.array([np.asarray(row, np.float32) for row in array], np.float32)
+        try:
+            array = np.array([np.asarray(row, np.float32) for row in array], np.float32)
+        except (TypeError, ValueError):
+            return np.zeros((), object)  # refused where it is written, with its row
     return array.reshape(1, -1) if array.ndim == 1 and array.size else array

@@ -236,25 +236,26 @@ def _texts(value: Any, most: int) -> list[str]:
 
 def _text(value: Any) -> str:
     if isinstance(value, Piece):
-        return value.text()
-    if isinstance(value, float):
-        return f"{value:g}"
+        value = value.text()
     if isinstance(value, bytes):
         return value.decode("utf-8", "replace")
-    if isinstance(value, str | int | np.generic | None):
-        return str(value)
+    if isinstance(value, str):  # half a surrogate pair cannot be written
+        return value.encode("utf-8", "replace").decode()
+    if isinstance(value, float | int | np.generic | None):
+        missing = value is None or value != value
+        return "" if missing else f"{value:.15g}" if isinstance(value, float) else str(value)
     raise ValueError(f"is or holds a {type(value).__name__}, no text")
 
 
 def _with_ids(table: pd.DataFrame) -> pd.DataFrame:
     """Turn all forms of ids into unique texts ``video$_$clip``, with their two parts as columns.
 
-    ``[vid, start, end]`` gives the clip ``start-end``; a video id alone is numbered.
+    ``[vid, start, end]`` gives the clip ``start-end``; a video id alone is numbered in its split.
     """
     pairs = [split_id(parts) for parts in table.pop("raw_id")]
     table.insert(0, "video", [video for video, _ in pairs])
     table.insert(1, "clip", [clip for _, clip in pairs])
-    numbers = table[table["clip"].isna()].groupby("video").cumcount().astype(str)
+    numbers = table[table["clip"].isna()].groupby(["video", "standard"]).cumcount().astype(str)
     table["clip"] = table["clip"].fillna(numbers)
     table.insert(0, "id", table["video"] + SEPARATOR + table["clip"])
     return table

@@ -47,7 +47,10 @@ def checked_table(
             f"{name}: column {missing[0]!r} is missing; needed are {', '.join(COLUMNS)}"
         )
     table = utterances.reset_index(drop=True).copy()
-    table["text"] = table["text"].fillna("")
+    for column, default in (("text", ""), ("video", table["id"]), ("clip", "")):
+        table[column] = table[column].where(table[column].notna(), default)
+    if (nameless := table["id"].isna()).any():
+        raise ValueError(f"{name}: row {int(nameless.idxmax())} has no id; each needs one")
     for column in COLUMNS[:4]:
         table[column] = table[column].astype(str)
     folds = tuple(folds) if folds is not None else find_folds(table)
