@@ -28,7 +28,7 @@ WORDS = {
 
 def data_root(root: Path | str | None = None) -> Path:
     """The folder that holds all stores: `root`, else $CONKI_DATA, else ``data/`` of the project."""
-    return Path(root or os.environ.get("CONKI_DATA") or ROOT / "data")
+    return Path(root or ROOT / (os.environ.get("CONKI_DATA") or "data"))
 
 
 def corpus_path(name: str, root: Path | str | None = None) -> Path:

@@ -170,8 +170,8 @@ def picture(state: ExplorerState) -> str:
     names, rows = state.rows, []
     for name, codes in zip(names, state.codes, strict=True):
         ends = np.flatnonzero(np.diff(codes, prepend=-1, append=-1))
-        runs = zip(ends[:-1], np.diff(ends), codes[ends[:-1]], strict=True)
-        rows.append((name, state.pairs_of(name), list(runs)))
+        runs = np.stack([ends[:-1], np.diff(ends), codes[ends[:-1]]], axis=1).tolist()
+        rows.append((name, state.pairs_of(name), runs))
     turns = (x.flatten().tolist() for x in (state.angles, state.forces()))
     vectors = sorted(zip(names, *turns, strict=True), key=lambda v: -POINT_SIZES[v[0][:3]])
     return _page().picture(rows, names.index(state.anchor), vectors)

@@ -230,6 +230,7 @@ def _train_epoch(job, accelerator, forward, optimizer, schedule, epoch) -> dict[
     loader, read = job.loaders["train"], job.readers.get("train", _itself)
     loader.batch_sampler.set_epoch(epoch)
     forward.train()
+    trained = [p for p in forward.parameters() if p.requires_grad]
     sums: dict[str, float] = {}
     seen = 0
     for step, batch in enumerate(_bar(loader, f"{job.title} epoch {epoch}"), start=1):
@@ -239,7 +240,6 @@ def _train_epoch(job, accelerator, forward, optimizer, schedule, epoch) -> dict[
         losses = job.criterion(output, batch.y, share)  # labels not there: see `contrastive_loss`
         optimizer.zero_grad()
         accelerator.backward(losses["loss"])
-        trained = [p for p in forward.parameters() if p.requires_grad]
         norm = accelerator.clip_grad_norm_(trained, job.plan.clip or math.inf)
         values = _over_processes(accelerator, {**losses, "gradient_norm": norm})
         if not all(map(math.isfinite, values.values())):
@@ -306,8 +306,8 @@ def _resume(job: Job, accelerator: Accelerator) -> list[dict]:
     history = json.loads((found[-1] / "history.json").read_text())
     if is_main():
         before = history[-1]["processes"]
-        processes = "" if before == accelerator.num_processes else f", then by {before} processes"
-        tqdm.write(f"resuming {job.folder.name} after epoch {len(history)}{processes}")
+        others = "" if before == accelerator.num_processes else f" (processes so far: {before})"
+        tqdm.write(f"resuming {job.folder.name} after epoch {len(history)}{others}")
     return history
 
 

@@ -2,6 +2,7 @@
 
 import ast
 import inspect
+import logging
 import os
 import sys
 import textwrap
@@ -112,7 +113,7 @@ def notebook_parameters(notebook: str | Path) -> dict[str, Parameter]:
             case ast.AnnAssign() | ast.Assign():
                 raise ValueError(
                     f"{path.name}: parameter {ast.unparse(line)!r}: write `name: type = default` "
-                    f"and annotate it with one of {', '.join(_SCALARS)}, which papermill can read"
+                    f"and annotate it with one of {', '.join(_SCALARS)}"
                 )
     return declared
 
@@ -254,6 +255,7 @@ def run_notebook(
 def _execute(path: Path, values: dict[str, Any], target: Path, failed: Path) -> Path:
     import papermill
 
+    logging.getLogger("papermill").setLevel("ERROR")  # what is declared is known here
     short = "/tmp" if len(gettempdir()) > 60 else None  # the name of a socket has 107 bytes at most
     aside = failed / f"{path.stem}-{datetime.now():%Y%m%d-%H%M%S}-{uuid.uuid4().hex[:6]}.ipynb"
     try:

@@ -115,7 +115,9 @@ def _plain(value: Any) -> Any:
 
 def runs_dir(profile: str) -> Path:
     """Working directory of a profile's runs: ``$CONKI_RUNS`` (default ``runs/``) / profile."""
-    return Path(os.environ.get("CONKI_RUNS") or ROOT / "runs") / profile
+    if Path(profile).name != profile:
+        raise ValueError(f"profile {profile!r}: put its YAML into configs/ and give its bare name")
+    return ROOT / (os.environ.get("CONKI_RUNS") or "runs") / profile
 
 
 def results_dir(profile: str) -> Path:
@@ -214,7 +216,7 @@ def run_folder(config: RunConfig, stage: int, data: dict[str, str]) -> Path:
 
 def results_lock(name: str) -> FileLock:
     """One process at a time reads and writes what several folders of runs or profiles share."""
-    (ROOT / "results").mkdir(parents=True, exist_ok=True)
+    make_writable("results", ROOT / "results", "free some space, or make it writable")
     return FileLock(ROOT / "results" / f".{name}.lock")
 
 

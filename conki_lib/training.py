@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pandas as pd
 import torch
-from accelerate.utils import set_seed
+from accelerate.utils import gather_object, set_seed
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -160,6 +160,11 @@ def shared_modalities(config: RunConfig, external: FeatureStore) -> tuple[str, .
 def _run_or_load(config: RunConfig, stage: int, stores: dict, train: Callable) -> Record:
     accelerator = make_accelerator(config.runtime)
     data = fingerprints(config, stores)
+    if len(set(gather_object([records.run_key(config, stage, data)]))) > 1:
+        raise ValueError(
+            "data, code or precision differ between processes: give all nodes the same corpora and "
+            "code, and name the precision"
+        )
     folder = records.run_folder(config, stage, data)
     with records.run_lock(folder) if is_main() else contextlib.nullcontext():
         accelerator.wait_for_everyone()  # the others go on once the main process holds the lock

@@ -16,10 +16,12 @@ import pytest
 import requests
 from layouts import write_synthetic
 
+from conki_lib.config import ROOT
 from conki_lib.data import corpora, open_corpora
 from conki_lib.data.corpora import CORPORA, fetch, status
 from conki_lib.data.store import FETCHABLE, open_store
 from conki_lib.disk import corpus_path, data_root
+from conki_lib.records import runs_dir
 
 
 @pytest.fixture(scope="module")
@@ -39,6 +41,14 @@ def meld_mirror(shared_mirror, tmp_path, monkeypatch):
         shutil.copyfile(shared_mirror / file, mirror / file)
     monkeypatch.setenv("CONKI_MIRROR", str(mirror))
     return mirror
+
+
+def test_folders_named_relatively_are_of_the_project(monkeypatch):
+    monkeypatch.setenv("CONKI_DATA", "mine")
+    monkeypatch.setenv("CONKI_RUNS", "ours")
+    assert data_root() == ROOT / "mine" and runs_dir("synthetic") == ROOT / "ours" / "synthetic"
+    with pytest.raises(ValueError, match="put its YAML into configs"):
+        runs_dir("/elsewhere/mine")
 
 
 # --- fetching --------------------------------------------------------------------------------

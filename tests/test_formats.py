@@ -262,6 +262,7 @@ def test_labels_may_be_nested_and_features_single_vectors(tmp_path: Path) -> Non
         (lambda c: c["test"].update(raw_text=None), "'test': raw_text is NoneType, no list"),
         (lambda c: c["test"].update(raw_text=5), "'test': raw_text is int, no list"),
         (lambda c: c["test"].update(raw_text=[{}] * 3), "raw_text of row 0 is or holds a dict"),
+        (lambda c: c["test"].update(id=[None, "b", "c"]), "'test': id of row 0 is missing"),
         (lambda c: c["test"].update(id=None), "'test': id is NoneType, no list"),
         (lambda c: c["test"].update(id=[["v", ENDLESS], "b", "c"]), "id of row 0 is nested too"),
         (lambda c: c["test"].update(id=[["v"] * 99, "b", "c"]), "id of row 0 has too many parts"),
@@ -696,6 +697,19 @@ def test_what_own_data_leave_empty(tmp_path: Path) -> None:
         held = open_store(from_frame(table, {}, tmp_path / way, label_range=(-1, 1))).utterances
         assert held["video"].tolist() == ["v1", "v1", "02", "03", "v2", "v3"]
         assert np.isnan(held["y_T"][0]) and held["y_T"][1] == pytest.approx(0.1)
+
+
+@pytest.mark.parametrize(
+    "videos",
+    [pd.array([1, 1, None, 2, 3, 3], "Int64"), pd.Categorical(["1", "1", None, "2", "3", "3"])],
+)
+def test_own_data_of_typed_columns_with_gaps(tmp_path: Path, videos: Any) -> None:
+    frame = _own(tmp_path).assign(video=videos)[lambda f: f["id"] != "01"]
+    frame.drop(columns="id").to_parquet(tmp_path / "own.parquet")  # with the index of the whole
+    options: dict[str, Any] = {"label_range": (-1, 1)}
+    store = open_store(from_frame(tmp_path / "own.parquet", {}, tmp_path / "s", **options))
+    assert store.utterances["id"].tolist() == [*"01234"]
+    assert store.utterances["video"].tolist() == ["1", "1", "2", "3", "3"]
 
 
 def test_a_table_in_another_encoding_is_named(tmp_path: Path) -> None:

@@ -628,6 +628,8 @@ def save_and_die(*given):
 
 if sys.argv[2] == "dies":
     fitting._checkpoint = save_and_die
+if sys.argv[2] == "differs":
+    training.fingerprints = lambda config, stores: {"corpus": f"as process {rank} has it"}
 training.fine_tune(RunConfig(**json.loads(sys.argv[1])))
 """
 
@@ -652,6 +654,9 @@ def test_two_processes_killed_and_started_again_give_what_one_gives(
                               capture_output=True, text=True, check=False,
                               timeout=300)  # fmt: skip
 
+    done = launch("differs")
+    assert done.returncode != 0 and "differ between processes" in done.stderr
+    assert not list(runs.glob("tiny/*"))
     done = launch("dies")
     assert done.returncode != 0 and list(runs.glob("tiny/stage1-*/checkpoint-*"))
     assert not list(runs.glob("tiny/*/record.json"))

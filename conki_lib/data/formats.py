@@ -61,7 +61,7 @@ def _is_store(path: Path) -> bool:
 
 def _folder(path: Path, folds: Any, roles: Mapping[str, str] | None) -> RawCorpus:
     if _is_store(path):
-        raise BadFile(f"{path} is a store already: open it with open_store")
+        raise BadFile(f"{path} is a store already, or what is left of one: try open_store")
     if any(path.glob("*.csd")):
         return read_csd(path, folds=folds, roles=roles)
     raise BadFile(

@@ -60,7 +60,7 @@ def from_frame(
         raise ValueError(
             f"{named}: split {sorted(map(str, unknown))[0]!r} is none of {', '.join(SPLIT_NAMES)}"
         )
-    ids = table["id"] if "id" in table else pd.Series(range(len(table)))
+    ids = table["id"] if "id" in table else pd.Series(range(len(table)), table.index)
     table["id"] = ids.astype(str).where(ids.notna(), None)
     for column, default in (("text", ""), ("video", table["id"])):
         table[column] = table[column] if column in table else default

@@ -172,7 +172,7 @@ class _Split:
             return [(f"{self.name}{SEPARATOR}{i}",) for i in range(len(self.y))]
         values = self.columns["id"]
         values = np.asarray(values) if isinstance(values, PickledArray) else values
-        return self.each("id", lambda v: tuple(_texts(v, 16)), values)
+        return self.each("id", _id, values)
 
     def each(self, key: str, read: Callable[[Any], Any], values: Any) -> list[Any]:
         """Read every row of a column, and say which row cannot be read."""
@@ -232,6 +232,13 @@ def _leaves(value: Any, most: int, depth: int = 4) -> list[Any]:
 def _texts(value: Any, most: int) -> list[str]:
     """The texts that an id or a text is made of, however it is nested."""
     return [_text(part) for part in _leaves(value, most)]
+
+
+def _id(value: Any) -> tuple[str, ...]:
+    parts = tuple(_texts(value, 16))
+    if not any(parts):
+        raise ValueError("is missing: name it, or leave out the key `id`, which numbers all rows")
+    return parts
 
 
 def _text(value: Any) -> str:

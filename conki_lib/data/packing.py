@@ -48,7 +48,7 @@ def checked_table(
         )
     table = utterances.reset_index(drop=True).copy()
     for column, default in (("text", ""), ("video", table["id"]), ("clip", "")):
-        table[column] = table[column].where(table[column].notna(), default)
+        table[column] = table[column].astype(object).where(table[column].notna(), default)
     if (nameless := table["id"].isna()).any():
         raise ValueError(f"{name}: row {int(nameless.idxmax())} has no id; each needs one")
     for column in COLUMNS[:4]:
@@ -103,7 +103,7 @@ def _check_ids(table: pd.DataFrame, folds: Sequence[str], name: str) -> None:
         if len(splits) > 1:
             raise ValueError(
                 f"{where}, shared by the splits {' and '.join(sorted(splits))} of fold {fold!r}: "
-                "training data would leak; remove it from one of them"
+                "training data would leak; remove it from one of them, or make the ids unique"
             )
     raise ValueError(
         f"{where}: ids must be unique; remove one row or rename it, "

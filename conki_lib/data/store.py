@@ -142,8 +142,8 @@ def write_store(
     table, folds = checked_table(utterances, name, label_range, folds)
     with written_aside(destination, overwrite) as folder:
         digest = hashlib.sha256(canonical(table, name, language, label_range))
+        table.to_parquet(folder / UTTERANCES, index=False)  # first: some columns cannot be held
         packed = write_features(folder / FEATURES, table, sequences, folds, digest)
-        table.to_parquet(folder / UTTERANCES, index=False)
         info = StoreInfo(
             name=name,
             language=language,
