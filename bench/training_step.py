@@ -398,6 +398,7 @@ class Bench:
             self.optimizers["ours"] = make_optimizer(
                 self.ours.to(DEVICE).train(), self.config.stage2
             )
+        self.trained = [p for p in self.ours.parameters() if p.requires_grad]
 
     def _batches(self, corpus: Path) -> dict[str, list[Batch]]:
         """Batches of each kind, ascending by size; the corpus is one split of one pool."""
@@ -469,8 +470,7 @@ class Bench:
         loss = self.loss(variant, batch)
         loss.backward()
         if variant.library:
-            trained = [p for p in self.ours.parameters() if p.requires_grad]
-            nn.utils.clip_grad_norm_(trained, self.config.stage2.clip)
+            nn.utils.clip_grad_norm_(self.trained, self.config.stage2.clip)
         optimizer.step()
         optimizer.zero_grad()  # the other model may need the memory
         return loss.item()
