@@ -27,7 +27,7 @@ FLOORS = {
     "adapters": 1, "data": 1, "encoders": 1, "losses": 1, "tiles": 1,
     "config": 0, "disk": 0, "metrics": 0, "pairs": 0,
 }  # fmt: skip
-MODULE_LINES, ALL_LINES = 330, 8630  # data/ and plots/ are more than half of it
+MODULE_LINES, ALL_LINES = 330, 8640  # data/ and plots/ are more than half of it
 CONDA_NAMES = {
     "torch": "pytorch",
     "huggingface-hub": "huggingface_hub",
