@@ -301,16 +301,17 @@ def _publish(aside: Path, target: Path) -> None:
         holder.metadata.pop("papermill", None)
         holder.metadata.pop("execution", None)
     notebook.metadata.pop("widgets", None)
-    for place, cell in enumerate(notebook.cells):
-        for data in (output.get("data", {}) for output in cell.get("outputs", ())):
+    for i, cell in enumerate(notebook.cells):
+        for k, output in enumerate(cell.get("outputs", ())):
+            data = output.get("data", {})
             for kind in data.keys() & {"text/plain", "text/html"}:
-                data[kind] = _without_chance(data[kind], place)
+                data[kind] = _without_chance(data[kind], f"{i}_{k}")
     with in_one_step(target) as near:
         nbformat.write(notebook, near)
     aside.unlink()
 
 
-def _without_chance(text: str, place: int) -> str:
+def _without_chance(text: str, place: str) -> str:
     """An output without addresses, and with ids of pandas' styled tables that every run gives."""
     text = re.sub(r" at 0x[0-9a-f]+>", ">", text)
     for k, name in enumerate(dict.fromkeys(re.findall(r'id="(T_[0-9a-f]+)"', text))):

@@ -79,12 +79,14 @@ def test_the_kernel_is_headless_in_the_project_root_and_leaves_no_trace(project,
 
 def test_a_notebook_executed_twice_is_equal(project):
     styled = "pd.DataFrame({'a': [1]}).style.hide()"
-    path = write(project, f"import pandas as pd\n{styled}", styled, "object()")
+    path = write(
+        project, f"import pandas as pd\n{styled}", f"display({styled})\n{styled}", "object()"
+    )
     first, second = (run_notebook(path, output=project / f"{k}.ipynb") for k in "ab")
     assert first.read_text() == second.read_text()
     tables = [o.data["text/html"] for c in nbformat.read(first, as_version=4).cells
               for o in c.get("outputs", []) if "text/html" in o.get("data", {})]  # fmt: skip
-    assert len(tables) == 2 and tables[0] != tables[1]  # two tables of one page have two ids
+    assert len(set(tables)) == 3  # the tables of a page, and of a cell, have their own ids
 
 
 def test_a_failing_notebook_reports_its_cell_and_is_kept(project, capfd):
